@@ -1,0 +1,92 @@
+-- What registry.py keeps in registry.db. Contents are files named by their
+-- digest; these rows say which repository may serve which of them, and hold
+-- everything that a listing needs, so that no listing opens a file.
+--
+-- Every statement may be run again on a database that has it already.
+
+CREATE TABLE IF NOT EXISTS repositories (
+    id   INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE
+);
+
+-- One row per file under blobs/, a manifest's file included. The file is
+-- durable before its row exists, and the row goes before the file does.
+CREATE TABLE IF NOT EXISTS blobs (
+    digest TEXT PRIMARY KEY NOT NULL,
+    size   INTEGER NOT NULL CHECK (size >= 0)
+) WITHOUT ROWID;
+
+-- The links: a repository serves the blobs it is linked to and no others.
+CREATE TABLE IF NOT EXISTS repository_blobs (
+    repository_id INTEGER NOT NULL REFERENCES repositories (id),
+    digest        TEXT NOT NULL REFERENCES blobs (digest),
+    needed_by     INTEGER NOT NULL DEFAULT 0, -- manifests of the repository that reference it
+    PRIMARY KEY (repository_id, digest)
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS repository_blobs_by_digest ON repository_blobs (digest);
+
+-- A manifest is a linked blob that was pushed as a manifest.
+CREATE TABLE IF NOT EXISTS manifests (
+    repository_id INTEGER NOT NULL,
+    digest        TEXT NOT NULL,
+    media_type    TEXT NOT NULL,
+    artifact_type TEXT,
+    subject       TEXT,
+    annotations   TEXT, -- a JSON object
+    PRIMARY KEY (repository_id, digest),
+    FOREIGN KEY (repository_id, digest) REFERENCES repository_blobs ON DELETE CASCADE
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS manifests_by_subject
+    ON manifests (repository_id, subject, digest) WHERE subject IS NOT NULL;
+
+-- What a manifest names: its config and layers, or an index's children. A child
+-- need not be there (foreign layers, sparse indexes), so it is no foreign key.
+CREATE TABLE IF NOT EXISTS manifest_references (
+    repository_id INTEGER NOT NULL,
+    manifest      TEXT NOT NULL,
+    child         TEXT NOT NULL,
+    PRIMARY KEY (repository_id, manifest, child),
+    FOREIGN KEY (repository_id, manifest) REFERENCES manifests ON DELETE CASCADE
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS manifest_references_by_child
+    ON manifest_references (repository_id, child);
+
+CREATE TRIGGER IF NOT EXISTS reference_added AFTER INSERT ON manifest_references BEGIN
+    UPDATE repository_blobs SET needed_by = needed_by + 1
+    WHERE repository_id = NEW.repository_id AND digest = NEW.child;
+END;
+
+CREATE TRIGGER IF NOT EXISTS reference_removed AFTER DELETE ON manifest_references BEGIN
+    UPDATE repository_blobs SET needed_by = needed_by - 1
+    WHERE repository_id = OLD.repository_id AND digest = OLD.child;
+END;
+
+-- A child may come after the manifest that names it.
+CREATE TRIGGER IF NOT EXISTS blob_linked AFTER INSERT ON repository_blobs BEGIN
+    UPDATE repository_blobs SET needed_by = (
+        SELECT count(*) FROM manifest_references
+        WHERE repository_id = NEW.repository_id AND child = NEW.digest)
+    WHERE repository_id = NEW.repository_id AND digest = NEW.digest;
+END;
+
+CREATE TABLE IF NOT EXISTS tags (
+    repository_id INTEGER NOT NULL,
+    name          TEXT NOT NULL,
+    digest        TEXT NOT NULL,
+    PRIMARY KEY (repository_id, name),
+    FOREIGN KEY (repository_id, digest) REFERENCES manifests ON DELETE CASCADE
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS tags_by_digest ON tags (repository_id, digest);
+
+-- Upload sessions. Their bytes, and so their offset, are the file uploads/<id>.
+CREATE TABLE IF NOT EXISTS uploads (
+    id         TEXT PRIMARY KEY NOT NULL,
+    repository TEXT NOT NULL, -- a name: a repository exists only once it holds something
+    algorithm  TEXT NOT NULL  -- what the bytes are hashed with as they come
+) WITHOUT ROWID;
+
+PRAGMA user_version = 1;

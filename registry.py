@@ -51,6 +51,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import sys
 import tempfile
 import threading
@@ -1053,6 +1054,19 @@ def _is_older(entry: os.DirEntry[str], moment: float) -> bool:
 # === Messages =========================================================================================
 
 
+def set_timeout(connection: socket.socket, direction: str, seconds: float) -> None:
+    """Bound how long one receive ("RCV") or send ("SND") may wait.
+
+    In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
+    """
+    if os.name == "posix" and connection.gettimeout() is None:
+        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
+            return
+    connection.settimeout(seconds)
+
+
 class Wire:
     """The receiving half of a connection: heads, lines and raw bytes, each bounded in size and time.
 
@@ -1064,6 +1078,7 @@ class Wire:
         self._pending = b""  # received, from _start on not yet consumed
         self._start = 0
         self._timeout: float | None = None
+        set_timeout(connection, "SND", STALL_TIMEOUT)
 
     def read_head(self) -> bytes:
         """The next request's head, its last line unterminated; empty if the client is done with us."""
@@ -1120,9 +1135,9 @@ class Wire:
         return count
 
     def wait_at_most(self, seconds: float) -> None:
-        """Set the socket's timeout, sparing the system call when it is that already."""
+        """Bound the next receives, sparing the system call when the bound is that already."""
         if seconds != self._timeout:
-            self.socket.settimeout(seconds)
+            set_timeout(self.socket, "RCV", seconds)
             self._timeout = seconds
 
     def _receive(self, timeout: float) -> bytes:
@@ -1773,6 +1788,19 @@ def http_date(second: int) -> str:
     )
 
 
+def send_file(connection: socket.socket, part: FileRange) -> None:
+    """Send some bytes of a file, from kernel to kernel where that works. Raises OSError."""
+    if not hasattr(os, "sendfile"):
+        connection.sendfile(part.file, part.start, part.length)
+        return
+    start, stop = part.start, part.start + part.length
+    while start < stop:
+        sent = os.sendfile(connection.fileno(), part.file.fileno(), start, stop - start)
+        if not sent:
+            raise OSError(errno.EIO, "the file was cut short while it was sent")
+        start += sent
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One client's connection, in a thread of its own: requests and replies in turn until either is done."""
 
@@ -1851,7 +1879,6 @@ class Connection(socketserver.BaseRequestHandler):
         lines += [f"{name}: {value}" for name, value in reply.headers]
         lines.append("\r\n" if keep else "Connection: close\r\n\r\n")
         head = "\r\n".join(lines).encode("latin-1")
-        self.wire.wait_at_most(STALL_TIMEOUT)
         try:
             if isinstance(reply.body, FileRange):
                 self._send_file(head, reply.body, bodiless=bodiless)
@@ -1869,7 +1896,7 @@ class Connection(socketserver.BaseRequestHandler):
         with part.file:
             self.request.sendall(head, 0 if bodiless else getattr(socket, "MSG_MORE", 0))
             if not bodiless:
-                self.request.sendfile(part.file, part.start, part.length)
+                send_file(self.request, part)
 
     def _linger(self) -> None:
         """Let the client read the reply first: closing on unread bytes would reset it (RFC 9112, 9.6)."""

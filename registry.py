@@ -113,16 +113,18 @@ UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 HOUSEKEEPING_INTERVAL = 3600.0
 
 MAX_CONNECTIONS = 1024
+COUNT_LIMIT = 10**18
 FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
 
 NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 NAME_LIMIT = 255
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
-CONTENT_RANGE = re.compile(r"([0-9]{1,19})-([0-9]{1,19})")
+CONTENT_RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 # === Errors ===========================================================================================
 
@@ -300,12 +302,13 @@ def _refuse_constant(name: str) -> None:
 
 def _media_type(document: dict[str, Any], content_type: str) -> str:
     """The one media type that body and header agree on, or that follows from the body's members."""
-    declared = document.get("mediaType", "")
-    if not isinstance(declared, str):
-        raise invalid_manifest("mediaType is not a string")
+    declared = _optional(document, "mediaType", str) or ""
     if declared and content_type and declared != content_type:
         raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
-    return declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    media_type = declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    if not MEDIA_TYPE.fullmatch(media_type):
+        raise invalid_manifest("malformed media type")
+    return media_type
 
 
 def _is_index(document: dict[str, Any], media_type: str) -> bool:
@@ -360,6 +363,8 @@ def _optional(document: dict[str, Any], member: str, kind: type) -> Any:
     value = document.get(member)
     if value is not None and not isinstance(value, kind):
         raise invalid_manifest(f"{member} is of the wrong type")
+    if isinstance(value, str) and not value.isprintable():
+        raise invalid_manifest(f"{member} has characters that cannot be printed")
     return value
 
 
@@ -1054,6 +1059,14 @@ def _is_older(entry: os.DirEntry[str], moment: float) -> bool:
 # === Messages =========================================================================================
 
 
+class FileRange(NamedTuple):
+    """Some bytes of an open file; whoever has sent the reply closes it."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+
 def set_timeout(connection: socket.socket, direction: str, seconds: float) -> None:
     """Bound how long one receive ("RCV") or send ("SND") may wait.
 
@@ -1067,8 +1080,15 @@ def set_timeout(connection: socket.socket, direction: str, seconds: float) -> No
     connection.settimeout(seconds)
 
 
+def _is_hopeless(head: bytes) -> bool:
+    """Whether a head is refused whatever may follow, so that there is no use in waiting for its end."""
+    line = head.find(b"\r\n")
+    too_long = line > REQUEST_LINE_LIMIT or (line < 0 and len(head) > REQUEST_LINE_LIMIT)
+    return too_long or len(head) > HEAD_LIMIT or head.count(b"\n") != head.count(b"\r\n")
+
+
 class Wire:
-    """The receiving half of a connection: heads, lines and raw bytes, each bounded in size and time.
+    """A connection's bytes: heads, lines and bodies, each bounded in size and time.
 
     Every method raises ClientGone when the client hangs up or stalls.
     """
@@ -1081,7 +1101,10 @@ class Wire:
         set_timeout(connection, "SND", STALL_TIMEOUT)
 
     def read_head(self) -> bytes:
-        """The next request's head, its last line unterminated; empty if the client is done with us."""
+        """The next request's head, its last line unterminated; empty if the client is done with us.
+
+        What is too large or malformed already comes as far as it was read, for parse_head to refuse.
+        """
         head = self._pending[self._start :]
         self._pending, self._start = b"", 0
         deadline = 0.0
@@ -1091,7 +1114,8 @@ class Wire:
             end = head.find(b"\r\n\r\n")
             if end >= 0:
                 break
-            check_partial_head(head)
+            if _is_hopeless(head):
+                return head
             if head and not deadline:
                 deadline = time.monotonic() + HEADER_TIMEOUT
             more = self._receive(deadline - time.monotonic() if head else IDLE_TIMEOUT)
@@ -1134,6 +1158,29 @@ class Wire:
             raise ClientGone
         return count
 
+    def send(self, data: bytes, *, more: bool = False) -> None:
+        """Send all of this; more: something follows at once and may go into the same packet."""
+        flags = getattr(socket, "MSG_MORE", 0) if more else 0
+        try:
+            for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
+                self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
+        except OSError as error:
+            raise ClientGone from error
+
+    def send_file(self, part: FileRange) -> None:
+        """Send some bytes of a file, from kernel to kernel where that works."""
+        start, stop = part.start, part.start + part.length
+        try:
+            if not hasattr(os, "sendfile"):
+                start += self.socket.sendfile(part.file, start, part.length)
+            while start < stop:
+                sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, stop - start)
+                if not sent:
+                    raise ClientGone("the file is shorter than it was")
+                start += sent
+        except OSError as error:
+            raise ClientGone from error
+
     def wait_at_most(self, seconds: float) -> None:
         """Bound the next receives, sparing the system call when the bound is that already."""
         if seconds != self._timeout:
@@ -1148,17 +1195,6 @@ class Wire:
             return self.socket.recv(RECEIVE_SIZE)
         except OSError as error:
             raise ClientGone from error
-
-
-def check_partial_head(head: bytes) -> None:
-    """Refuse a head that is too large or malformed already, rather than wait for its end."""
-    line = head.find(b"\r\n")
-    if line > REQUEST_LINE_LIMIT or (line < 0 and len(head) > REQUEST_LINE_LIMIT):
-        raise RegistryError(ErrorCode.URI_TOO_LONG)
-    if len(head) > HEAD_LIMIT:
-        raise RegistryError(ErrorCode.HEAD_TOO_LARGE)
-    if head.count(b"\n") != head.count(b"\r\n"):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bare LF")
 
 
 class Head(NamedTuple):
@@ -1253,7 +1289,7 @@ class Body:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
         if self._expected:
             self._expected = False
-            self._wire.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if not self._remaining and not self.done:
             self._next_chunk()
         if self.done:
@@ -1314,6 +1350,8 @@ class Body:
 
     def drain(self) -> bool:
         """Skip what was not read, if that is not much; whether the next request can follow."""
+        if self.done:
+            return True
         if self._expected or (self.length is not None and self._remaining > DRAIN_LIMIT):
             return False
         buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining or RECEIVE_SIZE)))
@@ -1327,18 +1365,27 @@ class Body:
 class Request:
     """One request as the handlers see it."""
 
-    def __init__(self, store: Store, head: Head, body: Body) -> None:
-        """Raises BAD_REQUEST if the target is not a path with a query."""
+    def __init__(self, store: Store, wire: Wire) -> None:
+        """A request of which nothing is known yet."""
         self.store = store
-        self.method = head.method
-        self.headers = head.headers
-        self.body = body
-        target = head.target
-        if target.startswith(("http://", "https://")):  # absolute-form, RFC 9112, 3.2.2
-            target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
-        self.path, _, self._query = target.partition("?")
-        if "%" in self.path:
-            self.path = decode_percent(self.path)
+        self._wire = wire
+        self.method = self.target = "-"
+        self.path = self._query = ""
+        self.headers: dict[str, str] = {}
+        self.body = Body(wire, 0, expected=False)
+        self.persistent = False  # whether the client may send another after this one
+
+    def parse(self, data: bytes) -> None:
+        """Take in a head. Raises parse_head's errors and more, keeping what was understood till then."""
+        self.method, self.target, version, self.headers = head = parse_head(data)
+        self.path, self._query = split_target(self.target)
+        length = body_length(head)
+        expectation = self.headers.get("expect", "").lower()
+        if expectation not in ("", "100-continue"):
+            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        modern = version == "HTTP/1.1"
+        self.body = Body(self._wire, length, expected=bool(expectation) and modern)
+        self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
     def parameters(self, name: str) -> list[str]:
         """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
@@ -1350,20 +1397,20 @@ class Request:
         return next(iter(self.parameters(name)), None) if self._query else None
 
 
+def split_target(target: str) -> tuple[str, str]:
+    """A request target's path, decoded, and its query, as it is. Raises BAD_REQUEST."""
+    if target.startswith(("http://", "https://")):  # absolute-form, RFC 9112, 3.2.2
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+    path, _, query = target.partition("?")
+    return (decode_percent(path) if "%" in path else path), query
+
+
 def decode_percent(text: str) -> str:
     """Percent-decode a part of a target. Raises BAD_REQUEST for what is not UTF-8."""
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
         raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
-
-
-class FileRange(NamedTuple):
-    """Some bytes of an open file; whoever sends them closes it."""
-
-    file: BinaryIO
-    start: int
-    length: int
 
 
 class Reply(NamedTuple):
@@ -1384,6 +1431,11 @@ def json_reply(document: object, *headers: tuple[str, str], content_type: str = 
     return Reply(200, (("Content-Type", content_type), *headers), encode_json(document))
 
 
+def parse_count(digits: str) -> int:
+    """A decimal number; one that no content could have as its size is as good as the largest."""
+    return int(digits) if len(digits) < 19 else COUNT_LIMIT
+
+
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """A Range header's start and length within a content of this size; None if it is to be ignored.
 
@@ -1394,10 +1446,10 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
         return None
     first, last = match[1], match[2]
     if first:
-        start, stop = int(first), min(int(last), size - 1) + 1 if last else size
+        start, stop = parse_count(first), min(parse_count(last) + 1, size) if last else size
     else:
-        start, stop = max(size - int(last), 0), size
-    if start >= stop or (last and first and int(last) < start):
+        start, stop = max(size - parse_count(last), 0), size
+    if start >= stop:
         raise RegistryError(ErrorCode.CONTENT_RANGE, text, headers=(("Content-Range", f"bytes */{size}"),))
     return start, stop - start
 
@@ -1413,9 +1465,9 @@ def page_size(request: Request, limit: int) -> int:
     text = request.parameter("n")
     if text is None:
         return limit
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+    if not (text.isascii() and text.isdigit()):
         raise RegistryError(ErrorCode.PAGE_INVALID, text)
-    return min(int(text), limit)
+    return min(parse_count(text), limit)
 
 
 def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
@@ -1529,9 +1581,10 @@ def check_content_range(request: Request, upload: UploadFile) -> int | None:
     if text is None:
         return None
     match = CONTENT_RANGE.fullmatch(text)
-    if not match or int(match[1]) != upload.size or int(match[2]) < int(match[1]):
+    first, last = (parse_count(match[1]), parse_count(match[2])) if match else (-1, -1)
+    if first != upload.size or last < first:
         raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {upload.size} bytes")
-    length = int(match[2]) - int(match[1]) + 1
+    length = last - first + 1
     if request.body.length not in (None, length):
         raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
     return length
@@ -1598,14 +1651,14 @@ def manifest_put(request: Request, name: str, reference: str) -> Reply:
     content = request.body.read(MANIFEST_LIMIT, ErrorCode.MANIFEST_TOO_LARGE)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     manifest = parse_manifest(content, content_type)
-    if is_digest(reference):
-        digest, tags = reference, tag_parameters(request)
-    else:
-        digest, tags = digest_of(content), []
-    request.store.put_manifest(name, manifest, content, digest, tags or [reference])
+    by_digest = is_digest(reference)
+    digest = reference if by_digest else digest_of(content)
+    tags = tag_parameters(request) if by_digest else [reference]
+    request.store.put_manifest(name, manifest, content, digest, tags)
     headers = [("Location", f"/v2/{name}/manifests/{digest}"), ("Docker-Content-Digest", digest)]
     headers += [("OCI-Subject", manifest.subject)] if manifest.subject else []
-    return Reply(201, headers + [("OCI-Tag", tag) for tag in tags])
+    headers += [("OCI-Tag", tag) for tag in tags if by_digest]
+    return Reply(201, headers)
 
 
 def tag_parameters(request: Request) -> list[str]:
@@ -1722,7 +1775,7 @@ def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
 def _compile_path(path: str) -> re.Pattern[str]:
     pattern = path[:-1] + "/?" if path.endswith("/") else path
     pattern = re.sub("<(?!name>)", "(?P<", pattern.replace("<name>", "(?P<name>.+)"))
-    return re.compile(re.sub(r"(?<=[a-z])>(?!\.)", ">[^/]*)", pattern), re.DOTALL)
+    return re.compile(re.sub(r"(?<=[a-z])>(?!\.)", ">[^/]+)", pattern), re.DOTALL)
 
 
 _COMPILED_ROUTES = _compile_routes()
@@ -1774,6 +1827,7 @@ def _translate(error: Exception) -> RegistryError:
 
 # === Server ===========================================================================================
 
+CLIENT_GONE = 499  # only ever in the log: there was nobody left to tell
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -1788,17 +1842,18 @@ def http_date(second: int) -> str:
     )
 
 
-def send_file(connection: socket.socket, part: FileRange) -> None:
-    """Send some bytes of a file, from kernel to kernel where that works. Raises OSError."""
-    if not hasattr(os, "sendfile"):
-        connection.sendfile(part.file, part.start, part.length)
-        return
-    start, stop = part.start, part.start + part.length
-    while start < stop:
-        sent = os.sendfile(connection.fileno(), part.file.fileno(), start, stop - start)
-        if not sent:
-            raise OSError(errno.EIO, "the file was cut short while it was sent")
-        start += sent
+def encode_head(reply: Reply, *, keep: bool) -> bytes:
+    """A reply's status line and headers, with those that every reply has; keep: the connection stays open."""
+    lines = [
+        f"HTTP/1.1 {reply.status} {REASONS[reply.status]}",
+        f"Date: {http_date(int(time.time()))}",
+        "Docker-Distribution-API-Version: registry/2.0",
+    ]
+    if reply.status not in (204, 304):
+        lines.append(f"Content-Length: {reply.length}")
+    lines += [f"{name}: {value}" for name, value in reply.headers]
+    lines.append("\r\n" if keep else "Connection: close\r\n\r\n")
+    return "\r\n".join(lines).encode("latin-1")
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1816,7 +1871,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Called by socketserver; returns when the connection is to be closed."""
-        with contextlib.suppress(ClientGone, ConnectionError):
+        with contextlib.suppress(ClientGone):
             while self._serve_one():
                 pass
 
@@ -1831,72 +1886,43 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Serve one request; whether another may follow on this connection."""
-        started, head, request = time.perf_counter(), None, None
+        data = self.wire.read_head()
+        if not data:
+            return False
+        self.idle, started = False, time.perf_counter()
+        request, reply = Request(self.server.store, self.wire), Reply(CLIENT_GONE)
         try:
-            data = self.wire.read_head()
-            if not data:
-                return False
-            self.idle = False
-            started = time.perf_counter()
-            head = parse_head(data)
-            request = self._request(head)
-            reply = dispatch(request)
-        except (ClientGone, ConnectionError):
-            self._log(head, 499, 0, started)
-            raise
-        except Exception as error:  # whatever it is, the client gets an answer
-            reply = error_reply(error)
-        keep = request is not None and self._may_continue(request, head)
-        self._send(reply, bodiless=head is not None and head.method == "HEAD", keep=keep)
-        self._log(head, reply.status, reply.length, started)
+            reply = self._answer(request, data)
+            keep = request.persistent and not self.server.stopping and request.body.drain()
+            self._send(reply, bodiless=request.method == "HEAD", keep=keep)
+        finally:
+            if isinstance(reply.body, FileRange):
+                reply.body.file.close()
+            self._log(request, reply, started)
         if not keep:
             self._linger()
         self.idle = True
         return keep and not self.server.stopping
 
-    def _request(self, head: Head) -> Request:
-        expectation = head.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
-        body = Body(self.wire, body_length(head), expected=bool(expectation) and head.version == "HTTP/1.1")
-        return Request(self.server.store, head, body)
-
-    def _may_continue(self, request: Request, head: Head | None) -> bool:
-        """Whether another request may follow: both sides want it and the body is out of the way."""
-        wish = request.headers.get("connection", "").lower()
-        stays = "close" not in wish and (head is None or head.version == "HTTP/1.1" or "keep-alive" in wish)
-        return stays and not self.server.stopping and (request.body.done or request.body.drain())
+    def _answer(self, request: Request, data: bytes) -> Reply:
+        try:
+            request.parse(data)
+            return dispatch(request)
+        except ClientGone:
+            raise
+        except Exception as error:  # whatever it is, the client gets an answer
+            return error_reply(error)
 
     def _send(self, reply: Reply, *, bodiless: bool, keep: bool) -> None:
         """Send a reply, in one write when its body is small."""
-        lines = [
-            f"HTTP/1.1 {reply.status} {REASONS[reply.status]}",
-            f"Date: {http_date(int(time.time()))}",
-            "Docker-Distribution-API-Version: registry/2.0",
-        ]
-        if reply.status not in (204, 304):
-            lines.append(f"Content-Length: {reply.length}")
-        lines += [f"{name}: {value}" for name, value in reply.headers]
-        lines.append("\r\n" if keep else "Connection: close\r\n\r\n")
-        head = "\r\n".join(lines).encode("latin-1")
-        try:
-            if isinstance(reply.body, FileRange):
-                self._send_file(head, reply.body, bodiless=bodiless)
-            else:
-                self._send_bytes(head if bodiless else head + reply.body)
-        except OSError as error:
-            raise ClientGone from error
-
-    def _send_bytes(self, data: bytes) -> None:
-        """Send in pieces, since each gets a timeout of its own."""
-        for start in range(0, len(data), BUFFER_SIZE):
-            self.request.sendall(data[start : start + BUFFER_SIZE])
-
-    def _send_file(self, head: bytes, part: FileRange, *, bodiless: bool) -> None:
-        with part.file:
-            self.request.sendall(head, 0 if bodiless else getattr(socket, "MSG_MORE", 0))
-            if not bodiless:
-                send_file(self.request, part)
+        head = encode_head(reply, keep=keep)
+        if bodiless:
+            self.wire.send(head)
+        elif isinstance(reply.body, bytes):
+            self.wire.send(head + reply.body)
+        else:
+            self.wire.send(head, more=True)
+            self.wire.send_file(reply.body)
 
     def _linger(self) -> None:
         """Let the client read the reply first: closing on unread bytes would reset it (RFC 9112, 9.6)."""
@@ -1909,21 +1935,16 @@ class Connection(socketserver.BaseRequestHandler):
                 if not self.request.recv_into(buffer):
                     break
 
-    def _log(self, head: Head | None, status: int, size: int, started: float) -> None:
+    def _log(self, request: Request, reply: Reply, started: float) -> None:
         if self.server.log is None:
             return
-        method, path, agent = ("-", "-", "-")
-        if head is not None:
-            method, path, agent = head.method, head.target, head.headers.get("user-agent", "-")
+        moment, client = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self.client_address[0]
+        milliseconds = (time.perf_counter() - started) * 1000
+        agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
         self.server.log(
-            f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self.client_address[0]} {method} {path} {status} {size}"
-            f" {(time.perf_counter() - started) * 1000:.1f}ms {printable(agent)}"
+            f"{moment} {client} {request.method} {request.target} {reply.status} {reply.length}"
+            f" {milliseconds:.1f}ms {agent}"
         )
-
-
-def printable(text: str) -> str:
-    """A client's text, quoted so that it stays one field of one line of a log."""
-    return json.dumps(text)
 
 
 class Server(ThreadingHTTPServer):
@@ -1992,13 +2013,16 @@ class Server(ThreadingHTTPServer):
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more connection; one that is idle makes some."""
+        """Whether there is room for one more connection; the one that has been idle longest makes some."""
         if len(self._connections) < MAX_CONNECTIONS:
             return True
         for connection in list(self._connections):
             if connection.idle:
                 connection.hang_up()
                 return True
+        with contextlib.suppress(OSError):
+            reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
+            request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
         return False
 
     def opened(self, connection: Connection) -> None:

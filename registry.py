@@ -434,8 +434,8 @@ class UploadFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
-        if os.fstat(self._file.fileno()).st_nlink == 0:  # finished or swept between open and lock
-            raise FileNotFoundError(self.path)
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+            raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], size_hint: int = BUFFER_SIZE) -> int:
         """Append all that readinto gives until it gives nothing, and return how many bytes that was.

@@ -1,0 +1,641 @@
+"""What every test shares: a running registry, clients for it, images to push, the real daemon, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Union
+
+from registry import Registry
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 10.0
+MEBIBYTE = 1024 * 1024
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+
+ERROR_CODES = frozenset(
+    """BLOB_UNKNOWN BLOB_UPLOAD_INVALID BLOB_UPLOAD_UNKNOWN DIGEST_INVALID MANIFEST_BLOB_UNKNOWN
+    MANIFEST_INVALID MANIFEST_UNKNOWN NAME_INVALID NAME_UNKNOWN SIZE_INVALID UNAUTHORIZED DENIED
+    UNSUPPORTED TOOMANYREQUESTS""".split()
+)
+
+MALFORMED_DIGESTS = (
+    "sha256:",
+    "sha256",
+    "latest",
+    "sha256:abc",
+    "sha256:" + "a" * 63,
+    "sha256:" + "a" * 65,
+    "sha256:" + "A" * 64,
+    "sha256:" + "g" * 64,
+    "SHA256:" + "a" * 64,
+    "sha256:" + "a" * 64 + "%0A",
+    "sha256:" + "a" * 64 + "%00",
+    "%20sha256:" + "a" * 64,
+    "sha256-" + "a" * 64,
+    "sha256::" + "a" * 64,
+    "sha256:" + "%D9%A1" * 64,
+    "sha512:" + "a" * 64,
+    "sha512:" + "a" * 127,
+    "sha512:" + "a" * 129,
+    "md5:" + "a" * 32,
+    "sha1:" + "a" * 40,
+    "sha384:" + "a" * 96,
+    "sha3_256:" + "a" * 64,
+    "sha256+b64:" + "a" * 64,
+    ":" + "a" * 64,
+)
+
+_numbers = itertools.count(1)
+
+
+# === Content: bytes, digests, descriptors, manifests ===
+
+
+def digest_of(content: bytes, algorithm: str = "sha256") -> str:
+    return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+
+
+def unique(label: str = "content") -> bytes:
+    """Bytes no other call returns."""
+    return f"{label} {os.getpid()} {next(_numbers)}".encode()
+
+
+def descriptor(content: bytes, media_type: str = OCI_LAYER, algorithm: str = "sha256", **more: Any) -> dict:
+    return {"mediaType": media_type, "digest": digest_of(content, algorithm), "size": len(content), **more}
+
+
+def image_manifest(config: dict, layers: Iterable[dict] = (), **more: Any) -> dict:
+    return {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": list(layers), **more}
+
+
+def image_index(children: Iterable[dict], **more: Any) -> dict:
+    return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(children), **more}
+
+
+def encode(document: Any) -> bytes:
+    return document if isinstance(document, bytes) else json.dumps(document).encode()
+
+
+def with_digest(location: str, digest: str) -> str:
+    """An upload's Location with the digest that finishes it."""
+    return f"{location}{'&' if '?' in location else '?'}digest={digest}"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as pushed."""
+
+    body: bytes
+    config: bytes
+    layers: tuple[bytes, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.body)
+
+    @property
+    def descriptor(self) -> dict:
+        return descriptor(self.body, json.loads(self.body)["mediaType"])
+
+    @property
+    def blobs(self) -> tuple[bytes, ...]:
+        return (self.config, *self.layers)
+
+
+# === HTTP: responses, a client, a raw connection ===
+
+
+class Headers:
+    """Header lines in order, looked up without regard to case."""
+
+    def __init__(self, lines: Iterable[tuple[str, str]]) -> None:
+        self.lines = list(lines)
+
+    def getall(self, name: str) -> list[str]:
+        return [value for key, value in self.lines if key.lower() == name.lower()]
+
+    def get(self, name: str) -> str | None:
+        return next(iter(self.getall(name)), None)
+
+    def __getitem__(self, name: str) -> str:
+        values = self.getall(name)
+        if len(values) != 1:
+            raise AssertionError(f"{len(values)} lines of {name} in {self.lines}")
+        return values[0]
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self.getall(name))
+
+
+@dataclass
+class Response:
+    """One reply, and the request it answers for messages."""
+
+    request: str
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def __str__(self) -> str:
+        return f"{self.request[:300]} -> {self.status} {self.headers.lines} {self.body[:600]!r}"
+
+
+Body = Union[bytes, Iterable[bytes], None]
+
+
+class Client:
+    """Requests to one registry. A path that does not begin with a slash is inside `repository`."""
+
+    def __init__(self, host: str, repository: str = "") -> None:
+        self.host = host
+        self.repository = repository
+        self._connection: http.client.HTTPConnection | None = None
+
+    def at(self, repository: str) -> Client:
+        return Client(self.host, repository)
+
+    @contextlib.contextmanager
+    def keep_alive(self) -> Iterator[Client]:
+        """The same client with all requests on one connection."""
+        with contextlib.closing(http.client.HTTPConnection(self.host, timeout=TIMEOUT)) as connection:
+            client = self.at(self.repository)
+            client._connection = connection
+            yield client
+
+    def path(self, path: str) -> str:
+        return path if path.startswith("/") else f"/v2/{self.repository}/{path}"
+
+    def request(self, method: str, path: str, body: Body = None, headers: Any = ()) -> Response:
+        """Bytes are sent with a Content-Length, any other iterable of bytes is sent chunked."""
+        connection = self._connection or http.client.HTTPConnection(self.host, timeout=TIMEOUT)
+        try:
+            _send(connection, method, self.path(path), body, headers)
+            with connection.getresponse() as reply:
+                lines = Headers(reply.getheaders())
+                return Response(f"{method} {self.path(path)}", reply.status, lines, reply.read())
+        finally:
+            if connection is not self._connection:
+                connection.close()
+
+    def get(self, path: str, headers: Any = ()) -> Response:
+        return self.request("GET", path, headers=headers)
+
+    def head(self, path: str, headers: Any = ()) -> Response:
+        return self.request("HEAD", path, headers=headers)
+
+    def delete(self, path: str) -> Response:
+        return self.request("DELETE", path)
+
+    def post(self, path: str, body: Body = None, headers: Any = ()) -> Response:
+        return self.request("POST", path, body, headers)
+
+    def patch(self, path: str, body: Body = None, headers: Any = ()) -> Response:
+        return self.request("PATCH", path, body, headers)
+
+    def put(self, path: str, body: Body = None, headers: Any = ()) -> Response:
+        return self.request("PUT", path, body, headers)
+
+    def expect(self, status: int, method: str, path: str, body: Body = None, headers: Any = ()) -> Response:
+        response = self.request(method, path, body, headers)
+        if response.status != status:
+            raise AssertionError(f"expected {status}: {response}")
+        return response
+
+    def push_blob(self, content: bytes, algorithm: str = "sha256") -> str:
+        digest = digest_of(content, algorithm)
+        self.expect(201, "POST", f"blobs/uploads/?digest={digest}", content)
+        return digest
+
+    def open_upload(self, query: str = "") -> str:
+        """Open an upload session and return its Location."""
+        return self.expect(202, "POST", f"blobs/uploads/{query}").headers["Location"]
+
+    def put_manifest(self, manifest: Any, reference: str = "", media_type: str = "") -> Response:
+        """PUT a manifest, by its digest unless told otherwise, and return whatever the registry says."""
+        body = encode(manifest)
+        kind = media_type or json.loads(body)["mediaType"]
+        return self.put(f"manifests/{reference or digest_of(body)}", body, {"Content-Type": kind})
+
+    def push_manifest(self, manifest: Any, reference: str = "", media_type: str = "") -> str:
+        """PUT a manifest that must be accepted and return its sha256 digest."""
+        response = self.put_manifest(manifest, reference, media_type)
+        if response.status != 201:
+            raise AssertionError(f"expected 201: {response}")
+        return digest_of(encode(manifest))
+
+    def push_image(self, tag: str = "", layers: int = 1, **more: Any) -> Image:
+        """Push an image that differs from all others, with `more` in its manifest."""
+        contents = [unique("layer") for _ in range(layers)]
+        config = encode({"os": "linux", "architecture": "amd64", "id": unique("config").decode()})
+        for content in (config, *contents):
+            self.push_blob(content)
+        manifest = image_manifest(descriptor(config, OCI_CONFIG), map(descriptor, contents), **more)
+        self.push_manifest(manifest, tag)
+        return Image(encode(manifest), config, tuple(contents))
+
+
+def _send(connection: http.client.HTTPConnection, method: str, path: str, body: Body, headers: Any) -> None:
+    connection.putrequest(method, path, skip_accept_encoding=True)
+    for name, value in headers.items() if isinstance(headers, dict) else headers:
+        connection.putheader(name, value)
+    if isinstance(body, bytes) or (body is None and method in ("POST", "PUT", "PATCH")):
+        connection.putheader("Content-Length", str(len(body or b"")))
+    elif body is not None:
+        connection.putheader("Transfer-Encoding", "chunked")
+    chunked = body is not None and not isinstance(body, bytes)
+    # A registry may refuse a body without reading all of it: the reply is what counts.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.endheaders(body, encode_chunked=chunked)
+
+
+class RawConnection:
+    """A TCP connection that sends the bytes it is told to and parses replies strictly."""
+
+    _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) [\x20-\x7e]*")
+    _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e]*)")
+
+    def __init__(self, host: str) -> None:
+        name, _, port = host.rpartition(":")
+        self.host = host
+        self._socket = socket.create_connection((name.strip("[]"), int(port)), TIMEOUT)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._buffer = b""
+        self._sent = b""
+
+    def __enter__(self) -> RawConnection:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes) -> RawConnection:
+        self._sent = data
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.sendall(data)
+        return self
+
+    def request(self, method: str, path: str, *lines: str, body: bytes = b"") -> RawConnection:
+        """Send a request with exactly these header lines after Host."""
+        head = "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {self.host}", *lines, "", ""])
+        return self.send(head.encode("latin-1") + body)
+
+    def read(self, method: str = "GET") -> Response:
+        """The next reply; the connection closed instead of one is an error."""
+        response = self.read_unless_closed(method)
+        if response is None:
+            raise AssertionError(f"closed without a reply to {self._sent[:300]!r}")
+        return response
+
+    def read_unless_closed(self, method: str = "GET") -> Response | None:
+        response = self.read_head()
+        if response and method != "HEAD" and response.status not in (100, 204, 304):
+            response.body = self._take(int(response.headers["Content-Length"]))
+        return response
+
+    def read_head(self) -> Response | None:
+        """A reply up to its body, which stays to be read."""
+        head = self._take_head()
+        if head is None:
+            return None
+        status_line, *lines = head.split(b"\r\n")
+        status = self._match(self._STATUS, status_line)
+        matches = [self._match(self._HEADER, line) for line in lines]
+        headers = Headers((m[1].decode(), m[2].decode().rstrip()) for m in matches)
+        return Response(repr(self._sent[:300]), int(status[1]), headers, b"")
+
+    def drain(self) -> None:
+        """Read until the registry closes the connection."""
+        self._buffer = b""
+        while self._receive():
+            pass
+
+    def is_closed(self) -> bool:
+        """Whether the registry closes the connection without another byte, waiting for it to."""
+        return not self._buffer and not self._receive()
+
+    def stop_sending(self) -> None:
+        """Close our direction only, as seen when a client goes away."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Drop the connection with a TCP reset."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+    def _match(self, pattern: re.Pattern, line: bytes) -> re.Match:
+        match = pattern.fullmatch(line)
+        if match is None:
+            raise AssertionError(f"malformed line {line!r} in the reply to {self._sent[:300]!r}")
+        return match
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(65536)
+        except ConnectionResetError:
+            return b""
+
+    def _take_head(self) -> bytes | None:
+        while b"\r\n\r\n" not in self._buffer:
+            received = self._receive()
+            if not received and not self._buffer:
+                return None
+            if not received:
+                raise AssertionError(f"cut off in the head of a reply: {self._buffer!r}")
+            self._buffer += received
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        return head
+
+    def _take(self, length: int) -> bytes:
+        while len(self._buffer) < length:
+            received = self._receive()
+            if not received:
+                raise AssertionError(f"{len(self._buffer)} bytes of a body of {length}")
+            self._buffer += received
+        taken, self._buffer = self._buffer[:length], self._buffer[length:]
+        return taken
+
+
+# === The data directory ===
+
+
+class DataDirectory:
+    """A look at what the registry keeps, from outside."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def files(self) -> dict[str, int]:
+        """Digest to size of every file in blobs/."""
+        found = (path for path in (self.path / "blobs").rglob("*") if path.is_file())
+        return {f"{path.parent.name}:{path.name}": path.stat().st_size for path in found}
+
+    def unfinished(self) -> list[str]:
+        """The names of the files in uploads/."""
+        return sorted(path.name for path in (self.path / "uploads").iterdir())
+
+    def rows(self, query: str, *values: Any) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(self.path / "registry.db", timeout=TIMEOUT)) as database:
+            return database.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep everybody from writing to the database."""
+        path = self.path / "registry.db"
+        with contextlib.closing(sqlite3.connect(path, TIMEOUT, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield
+            database.execute("ROLLBACK")
+
+    def recorded(self) -> dict[str, int]:
+        """Digest to size of every row of blobs."""
+        return dict(self.rows("SELECT digest, size FROM blobs"))
+
+    def links(self, digest: str) -> list[str]:
+        """The repositories a blob is linked to, one entry for each row."""
+        query = """SELECT name FROM repository_blobs JOIN repositories ON repositories.id = repository_id
+                   WHERE digest = ? ORDER BY name"""
+        return [name for (name,) in self.rows(query, digest)]
+
+
+# === Threads ===
+
+
+def run_at_once(*functions: Callable[[], Any]) -> list[Any]:
+    """Call every function in a thread of its own, all released together, and return what they return."""
+    barrier = threading.Barrier(len(functions), timeout=TIMEOUT)
+    results: list[Any] = [None] * len(functions)
+    errors: list[BaseException] = []
+
+    def run(position: int) -> None:
+        try:
+            barrier.wait()
+            results[position] = functions[position]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(6 * TIMEOUT)
+    if errors:
+        raise errors[0]
+    if any(thread.is_alive() for thread in threads):
+        raise AssertionError("a thread did not finish")
+    return results
+
+
+# === The real daemon ===
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
+    """Run this interpreter to its end in the top directory."""
+    command = [sys.executable, *arguments]
+    limit = 6 * TIMEOUT
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False, **options
+    )
+
+
+class Daemon:
+    """`python registry.py` in a process of its own, from its serving line to its end."""
+
+    _SERVING = re.compile(r"Serving (.+) at (http://(.+))")
+
+    def __init__(self, data: str | Path, *options: str) -> None:
+        self.data = str(data)
+        self.options = options
+        self.program = ROOT / "registry.py"
+        self.output: list[str] = []
+
+    def __enter__(self) -> Daemon:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        options = list(self.options)
+        if "--port" not in options:
+            options += ["--port", str(free_port())]
+        command = [sys.executable, str(self.program), "--data", self.data, *options]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._collect, daemon=True)
+        self._reader.start()
+        self.serving = self._SERVING.fullmatch(self.read_line())
+        if self.serving is None:
+            self.kill()
+            raise AssertionError(f"no serving line: {self.output}")
+        self.client = Client(self.serving[3], "daemon/image")
+
+    def _collect(self) -> None:
+        for line in self.process.stdout:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def read_line(self) -> str:
+        """The next line of output; its end is an empty line."""
+        line = self._lines.get(timeout=TIMEOUT) or ""
+        self.output.append(line)
+        return line
+
+    def remaining_output(self) -> str:
+        """Everything not read yet, once the process has ended."""
+        lines = iter(lambda: self._lines.get(timeout=TIMEOUT), None)
+        return "\n".join(lines)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for the process to end and return its exit code."""
+        return self.process.wait(2 * TIMEOUT)
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(TIMEOUT)
+        self.process.stdout.close()
+
+
+# === Test cases ===
+
+
+class HTTPTestCase(unittest.TestCase):
+    """Assertions on replies."""
+
+    def assert_status(self, response: Response, *statuses: int) -> None:
+        self.assertIn(response.status, statuses, response)
+
+    def assert_error(self, response: Response, status: int, *codes: str) -> None:
+        """An error reply in the specification's form, every entry with one of `codes` (any when none)."""
+        self.assert_status(response, status)
+        self.assertEqual(response.headers["Docker-Distribution-API-Version"], "registry/2.0")
+        self.assertEqual(response.headers["Content-Type"], "application/json", response)
+        self.assertEqual(int(response.headers["Content-Length"]), len(response.body), response)
+        self.assertEqual(list(response.json), ["errors"])
+        self.assertGreater(len(response.json["errors"]), 0)
+        for entry in response.json["errors"]:
+            self.assertLessEqual({"code", "message"}, set(entry))
+            self.assertLessEqual(set(entry), {"code", "message", "detail"})
+            self.assertIsInstance(entry["message"], str)
+            self.assertIn(entry["code"], codes or ERROR_CODES, response)
+            self.assertIn(entry["code"], ERROR_CODES)
+
+
+class RegistryTestCase(HTTPTestCase):
+    """One registry in this process for the class; a repository of its own, and another, for each test."""
+
+    options: ClassVar[dict[str, Any]] = {}
+    data: ClassVar[DataDirectory]
+    registry: ClassVar[Registry]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        cls.data = DataDirectory(stack.enter_context(tempfile.TemporaryDirectory()))
+        cls.registry = stack.enter_context(Registry(data=str(cls.data.path), **cls.options))
+
+    def setUp(self) -> None:
+        name = f"{type(self).__name__.lower()}/{next(_numbers)}"
+        self.client = Client(self.registry.host, name)
+        self.other = self.client.at(f"{name}-other")
+        self._unfinished_before = self._unfinished()
+
+    def connect(self) -> RawConnection:
+        connection = RawConnection(self.registry.host)
+        self.addCleanup(connection.__exit__)
+        return connection
+
+    def assert_blob(self, client: Client, content: bytes, algorithm: str = "sha256") -> None:
+        """The blob is there, whole."""
+        response = client.get(f"blobs/{digest_of(content, algorithm)}")
+        self.assert_status(response, 200)
+        self.assertEqual(response.body, content)
+
+    def assert_no_blob(self, client: Client, digest: str) -> None:
+        """The blob is not there, in the repository nor on disk nor in the database."""
+        self.assert_error(client.get(f"blobs/{digest}"), 404, "BLOB_UNKNOWN", "NAME_UNKNOWN")
+        self.assertEqual(client.head(f"blobs/{digest}").status, 404)
+        self.assertNotIn(digest, self.data.files())
+        self.assertNotIn(digest, self.data.recorded())
+        self.assertEqual(self.data.links(digest), [])
+
+    def assert_no_session(self, location: str) -> None:
+        """Nothing is left of an upload session."""
+        self.assert_error(self.client.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
+
+    def assert_nothing_unfinished(self) -> None:
+        """No upload of this test has left a file or a row behind."""
+        self.assertEqual(self._unfinished(), self._unfinished_before)
+
+    def _unfinished(self) -> tuple:
+        return self.data.unfinished(), self.data.rows("SELECT count(*) FROM uploads")
+
+    def assert_clean_afterwards(self, connection: RawConnection) -> None:
+        """The next request on a connection gets its own answer, or the connection is closed."""
+        response = connection.request("GET", "/v2/").read_unless_closed()
+        if response is not None:
+            self.assertEqual((response.status, response.json), (200, {}), response)
+            self.assertEqual(connection._buffer, b"")
+
+    def assert_consistent(self) -> None:
+        """The database is sound and agrees with the files to the byte."""
+        self.assertEqual(self.data.rows("PRAGMA integrity_check"), [("ok",)])
+        self.assertEqual(self.data.rows("PRAGMA foreign_key_check"), [])
+        self.assertEqual(self.data.files(), self.data.recorded())
+        self.assert_nothing_unfinished()
+
+
+def elapsed(function: Callable[[], Any]) -> float:
+    """How long a call takes, in seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

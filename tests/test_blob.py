@@ -1,0 +1,335 @@
+"""Reading and deleting blobs: bytes, headers, ranges, conditions, links."""
+
+from __future__ import annotations
+
+import os
+
+from tests.support import (
+    MALFORMED_DIGESTS,
+    MEBIBYTE,
+    OCI_CONFIG,
+    RegistryTestCase,
+    Response,
+    descriptor,
+    digest_of,
+    image_index,
+    image_manifest,
+    unique,
+)
+
+
+class BlobTest(RegistryTestCase):
+    def test_a_blob_is_served_as_pushed(self) -> None:
+        for algorithm in ("sha256", "sha512"):
+            with self.subTest(algorithm):
+                content = unique()
+                digest = self.client.push_blob(content, algorithm)
+                response = self.client.get(f"blobs/{digest}")
+                self.assert_status(response, 200)
+                self.assertEqual(response.body, content)
+                self.assert_blob_headers(response, digest, len(content))
+
+    def test_head_tells_what_get_would(self) -> None:
+        for content in (unique(), b"{}", b""):
+            with self.subTest(content):
+                digest = self.client.push_blob(content)
+                head, get = self.client.head(f"blobs/{digest}"), self.client.get(f"blobs/{digest}")
+                self.assert_status(head, 200)
+                self.assertEqual(head.body, b"")
+                self.assert_blob_headers(head, digest, len(content))
+                self.assertEqual(head.headers["ETag"], get.headers["ETag"])
+                self.assertEqual(head.headers.get("Content-Type"), get.headers.get("Content-Type"))
+
+    def assert_blob_headers(self, response: Response, digest: str, size: int) -> None:
+        self.assertEqual(response.headers["Docker-Content-Digest"], digest)
+        self.assertEqual(response.headers["Content-Length"], str(size))
+        self.assertEqual(response.headers["Accept-Ranges"], "bytes")
+        self.assertTrue(response.headers["ETag"])
+
+    def test_an_empty_blob_is_a_blob(self) -> None:
+        for algorithm in ("sha256", "sha512"):
+            with self.subTest(algorithm):
+                digest = self.client.push_blob(b"", algorithm)
+                response = self.client.get(f"blobs/{digest}")
+                self.assert_status(response, 200)
+                self.assertEqual((response.headers["Content-Length"], response.body), ("0", b""))
+
+    def test_a_large_blob_comes_whole_and_in_parts(self) -> None:
+        content = os.urandom(6 * MEBIBYTE + 13)
+        digest = self.client.push_blob(content)
+        self.assert_blob(self.client, content)
+        start, end = 3 * MEBIBYTE - 1, 5 * MEBIBYTE + 1
+        part = self.client.get(f"blobs/{digest}", {"Range": f"bytes={start}-{end}"})
+        self.assert_status(part, 206)
+        self.assertEqual(part.body, content[start : end + 1])
+
+    def test_an_unknown_blob_is_404(self) -> None:
+        self.client.push_blob(unique())
+        for digest in (digest_of(b"unknown"), digest_of(b"unknown", "sha512")):
+            with self.subTest(digest):
+                self.assert_error(self.client.get(f"blobs/{digest}"), 404, "BLOB_UNKNOWN")
+                self.assert_error(self.client.delete(f"blobs/{digest}"), 404, "BLOB_UNKNOWN")
+                self.assertEqual(self.client.head(f"blobs/{digest}").status, 404)
+
+    def test_a_blob_of_another_repository_is_404(self) -> None:
+        digest = self.other.push_blob(unique())
+        self.client.push_blob(unique())
+        self.assert_error(self.client.get(f"blobs/{digest}"), 404, "BLOB_UNKNOWN")
+        self.assert_error(self.client.delete(f"blobs/{digest}"), 404, "BLOB_UNKNOWN")
+        self.assert_status(self.other.get(f"blobs/{digest}"), 200)
+
+    def test_the_same_bytes_under_another_algorithm_are_another_blob(self) -> None:
+        content = unique()
+        self.client.push_blob(content)
+        self.assert_error(self.client.get(f"blobs/{digest_of(content, 'sha512')}"), 404, "BLOB_UNKNOWN")
+
+    def test_a_malformed_digest_is_400(self) -> None:
+        self.client.push_blob(unique())
+        for digest in MALFORMED_DIGESTS:
+            with self.subTest(digest):
+                self.assert_error(self.client.get(f"blobs/{digest}"), 400, "DIGEST_INVALID")
+                self.assert_error(self.client.delete(f"blobs/{digest}"), 400, "DIGEST_INVALID")
+                self.assertEqual(self.client.head(f"blobs/{digest}").status, 400)
+
+    def test_a_percent_encoded_digest_is_the_digest(self) -> None:
+        content = unique()
+        digest = self.client.push_blob(content)
+        for encoded in (digest.replace(":", "%3A"), digest.replace(":", "%3a"), digest.replace("s", "%73")):
+            with self.subTest(encoded):
+                self.assertEqual(self.client.get(f"blobs/{encoded}").body, content)
+
+    def test_a_blob_is_a_file_named_by_its_digest(self) -> None:
+        content = unique()
+        for algorithm in ("sha256", "sha512"):
+            name, _, hexadecimal = self.client.push_blob(content, algorithm).partition(":")
+            self.assertEqual((self.data.path / "blobs" / name / hexadecimal).read_bytes(), content)
+
+    def test_a_file_gone_missing_does_not_stop_the_server(self) -> None:
+        digest = self.client.push_blob(unique())
+        (self.data.path / "blobs" / digest.replace(":", "/")).unlink()
+        with self.client.keep_alive() as client:
+            self.assert_status(client.get(f"blobs/{digest}"), 404, 500)
+            self.assert_status(client.get("/v2/"), 200)
+        self.client.delete(f"blobs/{digest}")
+
+
+class RangeTest(RegistryTestCase):
+    CONTENT = b"0123456789"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.digest = self.client.push_blob(self.CONTENT)
+
+    def get(self, requested: str) -> Response:
+        return self.client.get(f"blobs/{self.digest}", {"Range": requested})
+
+    def test_a_range_is_served_exactly(self) -> None:
+        for requested, start, end in (
+            ("bytes=0-0", 0, 0),
+            ("bytes=9-9", 9, 9),
+            ("bytes=0-9", 0, 9),
+            ("bytes=2-5", 2, 5),
+            ("bytes=5-", 5, 9),
+            ("bytes=0-", 0, 9),
+            ("bytes=9-", 9, 9),
+            ("bytes=5-9999", 5, 9),
+            ("bytes=0-99999999999999999999999999", 0, 9),
+            ("bytes=-1", 9, 9),
+            ("bytes=-3", 7, 9),
+            ("bytes=-10", 0, 9),
+            ("bytes=-9999", 0, 9),
+        ):
+            with self.subTest(requested):
+                response = self.get(requested)
+                self.assert_status(response, 206)
+                self.assertEqual(response.headers["Content-Range"], f"bytes {start}-{end}/10")
+                self.assertEqual(response.headers["Content-Length"], str(end - start + 1))
+                self.assertEqual(response.headers["Docker-Content-Digest"], self.digest)
+                self.assertEqual(response.body, self.CONTENT[start : end + 1])
+
+    def test_a_range_outside_the_blob_is_416(self) -> None:
+        for requested in ("bytes=10-", "bytes=10-20", "bytes=9999-", "bytes=500-0", "bytes=5-2"):
+            with self.subTest(requested):
+                response = self.get(requested)
+                self.assert_error(response, 416)
+                self.assertEqual(response.headers["Content-Range"], "bytes */10")
+
+    def test_any_range_of_an_empty_blob_is_416(self) -> None:
+        digest = self.client.push_blob(b"")
+        for requested in ("bytes=0-", "bytes=0-0", "bytes=1-"):
+            with self.subTest(requested):
+                response = self.client.get(f"blobs/{digest}", {"Range": requested})
+                self.assert_error(response, 416)
+                self.assertEqual(response.headers["Content-Range"], "bytes */0")
+
+    def test_an_odd_range_never_yields_wrong_bytes(self) -> None:
+        for requested in (
+            "",
+            "bytes",
+            "bytes=",
+            "bytes=-",
+            "bytes=--3",
+            "bytes=-0",
+            "bytes=a-b",
+            "bytes=1",
+            "bytes=1-2-3",
+            "bytes=+1-2",
+            "bytes=0x1-2",
+            "bytes=1_0-",
+            "bytes=\xb2-\xb3",
+            "bytes=1.5-2",
+            "bytes= 1 - 2 ",
+            "bytes:1-2",
+            "items=1-2",
+            "bytes=1-2,4-5",
+            "bytes=1-2, 100-200",
+            "bytes=-1,-2",
+            "bytes=" + ",".join(["0-"] * 200),
+            "bytes=" + "9" * 6000 + "-",
+        ):
+            with self.subTest(requested[:40]):
+                response = self.get(requested)
+                self.assert_status(response, 200, 206, 400, 416)
+                self.assert_as_announced(response)
+
+    def assert_as_announced(self, response: Response) -> None:
+        if response.status == 200:
+            self.assertEqual(response.body, self.CONTENT)
+        elif response.status == 206:
+            positions = response.headers["Content-Range"].partition("/")[0].partition(" ")[2]
+            start, _, end = positions.partition("-")
+            self.assertEqual(response.body, self.CONTENT[int(start) : int(end) + 1])
+
+    def test_head_with_a_range_agrees_with_itself(self) -> None:
+        response = self.client.head(f"blobs/{self.digest}", {"Range": "bytes=2-5"})
+        expected = {200: "10", 206: "4"}
+        self.assertEqual(response.headers["Content-Length"], expected.get(response.status), response)
+
+
+class ConditionTest(RegistryTestCase):
+    def test_a_known_etag_saves_the_bytes(self) -> None:
+        digest = self.client.push_blob(unique())
+        etag = self.client.get(f"blobs/{digest}").headers["ETag"]
+        for condition in (etag, "*", f'"other", {etag}', f"W/{etag}"):
+            for method in ("GET", "HEAD"):
+                with self.subTest(condition, method=method):
+                    path, headers = f"blobs/{digest}", {"If-None-Match": condition}
+                    response = self.client.request(method, path, headers=headers)
+                    self.assert_status(response, 304)
+                    self.assertEqual(response.body, b"")
+                    self.assertEqual(response.headers["ETag"], etag)
+
+    def test_an_etag_is_quoted(self) -> None:
+        digest = self.client.push_blob(unique())
+        self.assertRegex(self.client.get(f"blobs/{digest}").headers["ETag"], r'\A"[!#-~]+"\Z')
+
+    def test_another_etag_gets_the_bytes(self) -> None:
+        content = unique()
+        digest = self.client.push_blob(content)
+        for condition in ('"other"', '"a", "b"', f'"{digest}x"', f'"{digest[:-1]}"', '""', ""):
+            with self.subTest(condition):
+                response = self.client.get(f"blobs/{digest}", {"If-None-Match": condition})
+                self.assert_status(response, 200)
+                self.assertEqual(response.body, content)
+
+    def test_the_condition_goes_before_the_range(self) -> None:
+        digest = self.client.push_blob(unique())
+        etag = self.client.get(f"blobs/{digest}").headers["ETag"]
+        both = {"If-None-Match": etag, "Range": "bytes=0-1"}
+        self.assert_status(self.client.get(f"blobs/{digest}", both), 304)
+
+    def test_no_condition_makes_an_unknown_blob_known(self) -> None:
+        digest = digest_of(b"unknown")
+        for condition in ("*", f'"{digest}"'):
+            with self.subTest(condition):
+                response = self.client.get(f"blobs/{digest}", {"If-None-Match": condition})
+                self.assert_error(response, 404)
+
+
+class DeleteBlobTest(RegistryTestCase):
+    def test_a_deleted_blob_is_gone_for_good(self) -> None:
+        for algorithm in ("sha256", "sha512"):
+            with self.subTest(algorithm):
+                digest = self.client.push_blob(unique(), algorithm)
+                self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
+                self.assert_error(self.client.get(f"blobs/{digest}"), 404)
+                self.assert_error(self.client.delete(f"blobs/{digest}"), 404)
+                self.assertEqual(self.data.links(digest), [])
+
+    def test_a_deleted_blob_can_be_pushed_again(self) -> None:
+        content = unique()
+        digest = self.client.push_blob(content)
+        self.client.expect(202, "DELETE", f"blobs/{digest}")
+        self.client.push_blob(content)
+        self.assert_blob(self.client, content)
+
+    def test_a_blob_deleted_here_stays_there(self) -> None:
+        content = unique()
+        digest = self.client.push_blob(content)
+        self.other.push_blob(content)
+        self.client.expect(202, "DELETE", f"blobs/{digest}")
+        self.assert_error(self.client.get(f"blobs/{digest}"), 404)
+        self.assert_blob(self.other, content)
+        self.assertEqual(self.data.links(digest), [self.other.repository])
+
+    def test_a_needed_blob_is_not_deleted(self) -> None:
+        image = self.client.push_image("latest", layers=2)
+        for content in image.blobs:
+            with self.subTest(content):
+                response = self.client.delete(f"blobs/{digest_of(content)}")
+                self.assert_error(response, 405, "DENIED")
+                self.assert_blob(self.client, content)
+
+    def test_a_blob_is_needed_until_the_last_manifest_goes(self) -> None:
+        config, layer = b"{}", unique()
+        self.client.push_blob(config)
+        digest = self.client.push_blob(layer)
+        manifests = [
+            self.client.push_manifest(
+                image_manifest(descriptor(config, OCI_CONFIG), [descriptor(layer)], annotations={"n": n})
+            )
+            for n in "123"
+        ]
+        for manifest in manifests:
+            self.assert_error(self.client.delete(f"blobs/{digest}"), 405, "DENIED")
+            self.client.expect(202, "DELETE", f"manifests/{manifest}")
+        self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
+
+    def test_a_manifest_pushed_twice_needs_its_blobs_once(self) -> None:
+        image = self.client.push_image("one")
+        self.client.push_manifest(image.body, "two")
+        self.client.push_manifest(image.body)
+        self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+        for content in image.blobs:
+            self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
+
+    def test_only_manifests_of_the_repository_hold_its_blobs(self) -> None:
+        image = self.other.push_image("latest")
+        for content in image.blobs:
+            digest = self.client.push_blob(content)
+            self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
+            self.assert_blob(self.other, content)
+
+    def test_a_blob_listed_in_an_index_is_not_deleted(self) -> None:
+        layer, config = unique(), unique("config")
+        for content in (layer, config):
+            self.client.push_blob(content)
+        cache = image_index(
+            [descriptor(layer), descriptor(config, "application/vnd.buildkit.cacheconfig.v0")]
+        )
+        manifest = self.client.push_manifest(cache, "cache")
+        for content in (layer, config):
+            self.assert_error(self.client.delete(f"blobs/{digest_of(content)}"), 405, "DENIED")
+        self.client.expect(202, "DELETE", f"manifests/{manifest}")
+        for content in (layer, config):
+            self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
+
+    def test_no_delete_leaves_a_tag_without_its_manifest(self) -> None:
+        image = self.client.push_image("latest")
+        response = self.client.delete(f"blobs/{image.digest}")
+        self.assert_status(response, 202, 404, 405)
+        manifest = self.client.get("manifests/latest")
+        self.assert_status(manifest, 404 if response.status == 202 else 200)
+        self.assert_status(self.client.get(f"manifests/{image.digest}"), manifest.status)
+        listed = self.client.get("tags/list").json.get("tags")
+        self.assertEqual(listed, ["latest"] if manifest.status == 200 else [])

@@ -1,0 +1,288 @@
+"""Many clients at once: every reply is one of those allowed, and what is left agrees with itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from registry import Registry
+from tests.support import (
+    OCI_CONFIG,
+    OCI_MANIFEST,
+    Client,
+    RegistryTestCase,
+    descriptor,
+    digest_of,
+    encode,
+    image_index,
+    image_manifest,
+    run_at_once,
+    unique,
+    with_digest,
+)
+
+PUSHERS = 8
+ROUNDS = 15
+
+
+class ConcurrencyTestCase(RegistryTestCase):
+    def tearDown(self) -> None:
+        self.assert_consistent()
+
+    def images(self, client: Client) -> dict[str, dict]:
+        """Every manifest that a tag leads to, by tag, each with all that it needs."""
+        manifests = {}
+        for tag in client.get("tags/list").json.get("tags", []):
+            response = client.get(f"manifests/{tag}")
+            self.assert_status(response, 200)
+            manifests[tag] = response.json
+            self.assertEqual(digest_of(response.body), response.headers["Docker-Content-Digest"])
+            self.assert_complete(client, response.json)
+        return manifests
+
+    def assert_complete(self, client: Client, manifest: dict) -> None:
+        needed = [manifest["config"], *manifest["layers"]] if "config" in manifest else []
+        for each in needed:
+            response = client.get(f"blobs/{each['digest']}")
+            self.assert_status(response, 200)
+            self.assertEqual(digest_of(response.body), each["digest"])
+        for each in manifest.get("manifests", []):
+            self.assert_status(client.get(f"manifests/{each['digest']}"), 200)
+
+
+def push(client: Client, contents: list[bytes], tag: str) -> set[int]:
+    """Push an image of a config and layers in four requests or more, and return the statuses."""
+    statuses = set()
+    for content in contents:
+        location = f"blobs/uploads/?digest={digest_of(content)}"
+        statuses.add(client.post(location, content).status)
+    config, *layers = contents
+    manifest = image_manifest(descriptor(config, OCI_CONFIG), map(descriptor, layers))
+    statuses.add(client.put_manifest(manifest, tag).status)
+    return statuses
+
+
+def at_once(functions: list[Callable[[], set[int]]]) -> set[int]:
+    return set().union(*run_at_once(*functions))
+
+
+class PushTest(ConcurrencyTestCase):
+    def test_one_image_under_one_tag(self) -> None:
+        contents = [b"{}", os.urandom(100_000), unique(), unique()]
+        pushes = [functools.partial(push, self.client, contents, "latest") for _ in range(PUSHERS)]
+        self.assertEqual(at_once(pushes), {201})
+        self.assertEqual(list(self.images(self.client)), ["latest"])
+        for content in contents:
+            self.assertEqual(self.data.links(digest_of(content)).count(self.client.repository), 1)
+
+    def test_one_image_into_many_repositories(self) -> None:
+        contents = [b"{}", os.urandom(100_000), unique()]
+        clients = [self.client.at(f"{self.client.repository}/{n}") for n in range(PUSHERS)]
+        pushes = [functools.partial(push, client, contents, "latest") for client in clients]
+        self.assertEqual(at_once(pushes), {201})
+        for client in clients:
+            self.assertEqual(list(self.images(client)), ["latest"])
+        names = sorted(client.repository for client in clients)
+        self.assertEqual(self.data.links(digest_of(contents[1])), names)
+
+    def test_many_images_under_many_tags(self) -> None:
+        shared = unique("shared")
+        tags = [f"tag-{n}" for n in range(PUSHERS)]
+        pushes = [
+            functools.partial(push, self.client, [encode({"tag": tag}), shared, unique()], tag)
+            for tag in tags
+        ]
+        self.assertEqual(at_once(pushes), {201})
+        self.assertEqual(list(self.images(self.client)), tags)
+
+    def test_many_images_under_one_tag(self) -> None:
+        configs = [encode({"n": n}) for n in range(PUSHERS)]
+        pushes = [functools.partial(push, self.client, [config, unique()], "latest") for config in configs]
+        self.assertEqual(at_once(pushes), {201})
+        (manifest,) = self.images(self.client).values()
+        self.assertIn(manifest["config"]["digest"], map(digest_of, configs))
+
+    def test_one_manifest_under_many_tags_at_once(self) -> None:
+        image = self.client.push_image()
+        tags = [f"tag-{n}" for n in range(PUSHERS)]
+        puts = [functools.partial(self.client.put_manifest, image.body, tag) for tag in tags]
+        self.assertEqual({response.status for response in run_at_once(*puts)}, {201})
+        self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+        self.assertEqual(self.client.get("tags/list").json["tags"], [])
+        for content in image.blobs:
+            self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
+
+    def test_referrers_of_one_subject(self) -> None:
+        self.client.push_blob(b"{}")
+        subject = descriptor(unique(), OCI_MANIFEST)
+        manifests = [
+            image_manifest(descriptor(b"{}"), annotations={"n": str(n)}, subject=subject)
+            for n in range(PUSHERS)
+        ]
+        puts = [functools.partial(self.client.push_manifest, manifest) for manifest in manifests]
+        digests = run_at_once(*puts)
+        listed = self.client.get(f"referrers/{subject['digest']}").json["manifests"]
+        self.assertEqual(sorted(each["digest"] for each in listed), sorted(digests))
+
+
+class DeleteTest(ConcurrencyTestCase):
+    def test_one_of_many_deletions_succeeds(self) -> None:
+        for _ in range(5):
+            image = self.client.push_image("latest")
+            blob = self.client.push_blob(unique())
+            for path in (f"blobs/{blob}", "manifests/latest", f"manifests/{image.digest}"):
+                delete = functools.partial(self.client.delete, path)
+                statuses = sorted(response.status for response in run_at_once(*[delete] * PUSHERS))
+                self.assertEqual(statuses, [202] + [404] * (PUSHERS - 1))
+
+    def test_a_blob_pushed_here_is_not_lost_with_the_one_deleted_there(self) -> None:
+        content = os.urandom(20_000)
+        clients = [self.client.at(f"{self.client.repository}/{n}") for n in range(4)]
+        run_at_once(*(functools.partial(self.push_read_delete, client, content) for client in clients))
+        self.assertNotIn(digest_of(content), self.data.files())
+
+    def push_read_delete(self, client: Client, content: bytes) -> None:
+        """What one client does in a repository of its own, where nothing can go wrong."""
+        path = f"blobs/{digest_of(content)}"
+        for _ in range(ROUNDS):
+            client.push_blob(content)
+            response = client.expect(200, "GET", path)
+            self.assertEqual(response.body, content)
+            client.expect(202, "DELETE", path)
+            self.assert_status(client.get(path), 404)
+
+    def test_a_mounted_blob_is_not_lost_with_its_source(self) -> None:
+        content = unique()
+        digest = digest_of(content)
+        path = f"blobs/uploads/?mount={digest}&from={self.other.repository}"
+
+        def push_and_delete() -> None:
+            for _ in range(ROUNDS):
+                self.other.push_blob(content)
+                self.other.expect(202, "DELETE", f"blobs/{digest}")
+
+        def mount() -> None:
+            for _ in range(ROUNDS):
+                response = self.client.post(path)
+                self.assert_status(response, 201, 202)
+                if response.status == 201:
+                    self.assert_blob(self.client, content)
+                    self.client.expect(202, "DELETE", f"blobs/{digest}")
+                else:
+                    self.client.expect(204, "DELETE", response.headers["Location"])
+
+        run_at_once(push_and_delete, mount)
+
+    def test_a_manifest_has_its_blobs_whoever_deletes_them(self) -> None:
+        contents = [encode({"n": unique().decode()}), unique()]
+        blobs = [f"blobs/{digest_of(content)}" for content in contents]
+
+        def delete() -> set[int]:
+            paths = ["manifests/latest", self.manifest_path(contents), *blobs]
+            return {self.client.delete(path).status for _ in range(ROUNDS) for path in paths}
+
+        def pull() -> set[int]:
+            paths = ["manifests/latest", *blobs]
+            return {self.client.get(path).status for _ in range(ROUNDS) for path in paths}
+
+        def push_again() -> set[int]:
+            return set().union(*(push(self.client, contents, "latest") for _ in range(ROUNDS)))
+
+        pushed, deleted, pulled = run_at_once(push_again, delete, pull)
+        self.assertLessEqual(pushed, {201, 400})
+        self.assertLessEqual(deleted, {202, 404, 405})
+        self.assertLessEqual(pulled, {200, 404})
+        self.images(self.client)
+        self.assertEqual(push(self.client, contents, "latest"), {201})
+        self.client.expect(202, "DELETE", self.manifest_path(contents))
+        for path in blobs:
+            self.client.expect(202, "DELETE", path)
+
+    def manifest_path(self, contents: list[bytes]) -> str:
+        config, *layers = contents
+        manifest = image_manifest(descriptor(config, OCI_CONFIG), map(descriptor, layers))
+        return f"manifests/{digest_of(encode(manifest))}"
+
+    def test_an_index_has_its_children_whoever_deletes_them(self) -> None:
+        image = self.client.push_image()
+        index = image_index([image.descriptor])
+
+        def delete() -> set[int]:
+            paths = [f"manifests/{digest_of(encode(index))}", f"manifests/{image.digest}"]
+            return {self.client.delete(path).status for _ in range(ROUNDS) for path in paths}
+
+        def push_again() -> set[int]:
+            return {
+                self.client.put_manifest(manifest, "" if manifest is image.body else "index").status
+                for _ in range(ROUNDS)
+                for manifest in (image.body, index)
+            }
+
+        pushed, deleted = run_at_once(push_again, delete)
+        self.assertLessEqual(pushed, {201, 400})
+        self.assertLessEqual(deleted, {202, 404, 405})
+        self.images(self.client)
+
+    def test_a_tag_that_moves_always_leads_somewhere(self) -> None:
+        images = [self.client.push_image("latest") for _ in range(2)]
+
+        def move() -> set[int]:
+            moves = itertools.islice(itertools.cycle(images), 2 * ROUNDS)
+            return {self.client.put_manifest(image.body, "latest").status for image in moves}
+
+        def pull() -> set[int]:
+            responses = [self.client.get("manifests/latest") for _ in range(2 * ROUNDS)]
+            bodies = {response.body for response in responses}
+            self.assertLessEqual(bodies, {image.body for image in images})
+            return {response.status for response in responses}
+
+        self.assertEqual(run_at_once(move, move, pull, pull), [{201}, {201}, {200}, {200}])
+
+
+class SharedDirectoryTest(ConcurrencyTestCase):
+    """Two registries on one data directory, as two daemons have it."""
+
+    def test_a_deletion_that_comes_late_touches_no_other_repository(self) -> None:
+        with Registry(data=str(self.data.path)) as quick, ThreadPoolExecutor(1) as pool:
+            for _ in range(3):
+                manifest = image_index([], annotations={"n": unique().decode()})
+                digest = self.client.push_manifest(manifest)
+                with self.data.locked():
+                    late = pool.submit(self.client.delete, "manifests/latest")
+                    time.sleep(0.2)  # the longer SQLite waits for a lock, the less often it tries
+                here = Client(quick.host, self.client.repository)
+                here.expect(202, "DELETE", f"manifests/{digest}")
+                there = here.at(self.other.repository)
+                there.push_manifest(manifest, "latest")
+                self.assert_status(late.result(), 404)
+                self.assert_status(there.get("manifests/latest"), 200)
+                there.expect(202, "DELETE", f"manifests/{digest}")
+
+    def test_a_registry_that_starts_disturbs_no_upload(self) -> None:
+        started = threading.Event()
+
+        def start_again_and_again() -> set[int]:
+            for _ in range(40):
+                with Registry(data=str(self.data.path)):
+                    pass
+            started.set()
+            return set()
+
+        def upload() -> set[int]:
+            statuses = set()
+            with self.client.keep_alive() as client:
+                while not started.is_set():
+                    content = unique()
+                    location = client.open_upload()
+                    statuses.add(client.patch(location, content[:5]).status)
+                    statuses.add(client.put(with_digest(location, digest_of(content)), content[5:]).status)
+                    client.push_blob(content)
+            return statuses
+
+        statuses = at_once([start_again_and_again, *[upload] * 4])
+        self.assertEqual(statuses, {201, 202})

@@ -1,0 +1,265 @@
+"""A registry in this process: quick to start, silent, and gone without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from registry import Registry
+from tests.support import (
+    Client,
+    HTTPTestCase,
+    RawConnection,
+    digest_of,
+    elapsed,
+    free_port,
+    python,
+    run_at_once,
+    unique,
+    with_digest,
+)
+
+SCRIPT = """
+import json
+import urllib.error
+import urllib.request
+from registry import Registry
+
+def request(method, path, body=None, headers={}):
+    made = urllib.request.Request(path, body, headers, method=method)
+    with urllib.request.urlopen(made) as reply:
+        return reply.read()
+
+for _ in range(2):
+    with Registry() as registry:
+        assert registry.url == "http://" + registry.host
+        here, there = registry.url + "/v2/some/name/", registry.url + "/v2/another/"
+        config = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+        descriptor = {"mediaType": "a/b", "digest": config, "size": 2}
+        document = {"schemaVersion": 2, "config": descriptor, "layers": [], "subject": descriptor}
+        manifest = json.dumps(document).encode()
+        kind = {"Content-Type": "application/vnd.oci.image.manifest.v1+json"}
+        request("POST", here + "blobs/uploads/?digest=" + config, b"{}")
+        request("POST", there + "blobs/uploads/?from=some/name&mount=" + config)
+        request("POST", there + "blobs/uploads/?mount=" + config)
+        request("POST", there + "blobs/uploads/")
+        for tag in ("latest", "other"):
+            request("PUT", here + "manifests/" + tag, manifest, kind)
+        assert request("GET", here + "manifests/latest") == manifest
+        assert request("GET", here + "blobs/" + config) == b"{}"
+        for path in ("tags/list", "tags/list?n=1", "tags/list?last=a&n=1", "referrers/" + config):
+            request("GET", here + path)
+        request("GET", here + "referrers/" + config + "?artifactType=a/b")
+        request("GET", registry.url + "/v2/_catalog?n=1")
+        request("DELETE", here + "manifests/latest")
+        request("DELETE", there + "blobs/" + config)
+        for method, path in (
+            ("GET", "manifests/unheard-of"),
+            ("GET", "blobs/nonsense"),
+            ("DELETE", "blobs/" + config),
+            ("DELETE", "manifests/unheard-of"),
+        ):
+            try:
+                request(method, here + path)
+            except urllib.error.HTTPError as error:
+                error.close()
+"""
+
+
+class EmbeddingTest(HTTPTestCase):
+    def test_it_tells_where_it_is(self) -> None:
+        with Registry() as registry:
+            self.assertRegex(registry.host, r"\A127\.0\.0\.1:[1-9][0-9]*\Z")
+            self.assertEqual(registry.url, f"http://{registry.host}")
+            self.assert_status(Client(registry.host).get("/v2/"), 200)
+
+    def test_it_takes_the_port_it_is_given(self) -> None:
+        port = free_port()
+        for _ in range(3):
+            with Registry(port=port) as registry:
+                self.assertEqual(registry.host, f"127.0.0.1:{port}")
+                with RawConnection(registry.host) as connection:
+                    connection.request("GET", "/v2/").read()
+
+    def test_several_are_strangers_to_each_other(self) -> None:
+        with contextlib.ExitStack() as stack:
+            clients = [Client(stack.enter_context(Registry()).host, "a/b") for _ in range(4)]
+            self.assertEqual(len({client.host for client in clients}), 4)
+            images = [client.push_image("latest") for client in clients]
+            for client, image in zip(clients, images):
+                self.assertEqual(client.get("manifests/latest").body, image.body)
+                found = [client.get(f"manifests/{other.digest}").status for other in images]
+                self.assertEqual(sorted(found), [200, 404, 404, 404])
+
+    def test_one_ending_does_not_end_another(self) -> None:
+        with Registry() as kept:
+            with Registry() as ended:
+                Client(ended.host).get("/v2/")
+            self.assert_status(Client(kept.host).get("/v2/"), 200)
+
+    def test_a_directory_of_its_own_outlives_it(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            for data in (directory, Path(directory), Path(directory, "made", "if", "missing")):
+                with self.subTest(data):
+                    with Registry(data=data) as registry:
+                        image = Client(registry.host, "a").push_image("latest")
+                        location = Client(registry.host, "a").open_upload()
+                        Client(registry.host).expect(202, "PATCH", location, b"abc")
+                    with Registry(data=data) as registry:
+                        client = Client(registry.host, "a")
+                        self.assertEqual(client.get("manifests/latest").body, image.body)
+                        client.expect(201, "PUT", with_digest(location, digest_of(b"abcdef")), b"def")
+
+    def test_sparse_is_an_option(self) -> None:
+        with Registry(sparse=True) as registry, Registry() as strict:
+            for host, status in ((registry.host, 201), (strict.host, 400)):
+                client = Client(host, "a")
+                child = {"mediaType": "a/b", "digest": digest_of(b"absent"), "size": 6}
+                index = {"schemaVersion": 2, "mediaType": "c/d", "manifests": [child]}
+                self.assert_status(client.put_manifest(index, "latest"), status)
+
+    def test_it_can_be_used_from_any_thread(self) -> None:
+        def push() -> bytes:
+            with Registry() as registry:
+                return Client(registry.host, "a").push_image("latest").body
+
+        self.assertEqual(len(set(run_at_once(*[push] * 4))), 4)
+
+    def test_an_error_in_the_block_comes_out_of_it(self) -> None:
+        with self.assertRaisesRegex(ZeroDivisionError, "by zero"), Registry() as registry:
+            host = registry.host
+            raise ZeroDivisionError("by zero")
+        with self.assertRaises(OSError):
+            RawConnection(host)
+
+    def test_it_starts_in_no_time(self) -> None:
+        def start() -> None:
+            with Registry() as registry:
+                Client(registry.host).get("/v2/")
+
+        self.assertLess(statistics.median(elapsed(start) for _ in range(9)), 0.05)
+
+
+class TraceTest(HTTPTestCase):
+    """What is left of a registry once it has ended."""
+
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.temporary = Path(directory.name)
+        patch = mock.patch.object(tempfile, "tempdir", directory.name)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def use(self, registry: Registry) -> None:
+        client = Client(registry.host, "a")
+        client.push_image("latest")
+        client.expect(202, "PATCH", client.open_upload(), unique())
+        client.get("manifests/unheard-of")
+
+    def test_no_directory_is_left(self) -> None:
+        with Registry() as registry:
+            self.use(registry)
+            self.assertEqual(len(list(self.temporary.iterdir())), 1)
+        self.assertEqual(list(self.temporary.iterdir()), [])
+
+    def test_no_thread_is_left(self) -> None:
+        before = set(threading.enumerate())
+        with Registry() as registry, contextlib.ExitStack() as stack:
+            self.use(registry)
+            for connection in [stack.enter_context(RawConnection(registry.host)) for _ in range(5)]:
+                connection.request("GET", "/v2/").read()
+            self.assertNotEqual(set(threading.enumerate()), before)
+        self.assertEqual(set(threading.enumerate()), before)
+
+    def test_no_thread_is_left_of_a_connection_made_at_the_last_moment(self) -> None:
+        before = set(threading.enumerate())
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                with Registry() as registry:
+                    last = stack.enter_context(RawConnection(registry.host)).request("GET", "/v2/")
+                self.assertEqual(set(threading.enumerate()), before)
+                last.drain()
+
+    @unittest.skipUnless(sys.platform == "linux", "counts the entries of /proc/self/fd")
+    def test_no_file_is_left_open(self) -> None:
+        def count() -> int:
+            return len(os.listdir("/proc/self/fd"))
+
+        with Registry() as registry:
+            self.use(registry)
+        before = count()
+        for _ in range(5):
+            with Registry() as registry:
+                self.use(registry)
+        self.assertEqual(count(), before)
+
+    def test_no_port_is_left(self) -> None:
+        with Registry() as registry:
+            self.use(registry)
+            name, _, port = registry.host.partition(":")
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection((name, int(port)))
+        with Registry(port=int(port)) as registry:
+            self.use(registry)
+
+    def test_no_connection_is_left(self) -> None:
+        before = set(threading.enumerate())
+        with contextlib.ExitStack() as stack:
+            with Registry() as registry:
+                self.use(registry)
+                _silent, idle, cut, busy, reading = connections = [
+                    stack.enter_context(RawConnection(registry.host)) for _ in range(5)
+                ]
+                big = Client(registry.host, "a").push_blob(os.urandom(16_000_000))
+                idle.request("GET", "/v2/").read()
+                cut.send(b"GET /v2/ HTTP/1.1\r\nHos")
+                location = Client(registry.host, "a").open_upload()
+                busy.request("PATCH", location, "Content-Length: 10", "Expect: 100-continue")
+                self.assert_status(busy.read(), 100)
+                busy.send(b"abc")
+                reading.request("GET", f"/v2/a/blobs/{big}")
+                self.assertEqual(reading.read_head().status, 200)
+            self.assertEqual(set(threading.enumerate()), before)
+            for connection in connections:
+                connection.drain()
+        self.assertEqual(list(self.temporary.iterdir()), [])
+
+    def test_clients_in_mid_request_do_not_hold_it_up(self) -> None:
+        def end() -> None:
+            with Registry() as registry:
+                connection = stack.enter_context(RawConnection(registry.host))
+                location = Client(registry.host, "a").open_upload()
+                connection.request("PATCH", location, "Content-Length: 10", "Expect: 100-continue")
+                self.assert_status(connection.read(), 100)
+
+        with contextlib.ExitStack() as stack:
+            self.assertLess(elapsed(end), 15)
+
+
+class SilenceTest(unittest.TestCase):
+    def test_python_has_nothing_to_warn_of(self) -> None:
+        for options in (("-W", "error"), ("-X", "dev", "-W", "error"), ("-bb", "-W", "error"), ("-O",)):
+            with self.subTest(options):
+                result = python(*options, "-c", SCRIPT)
+                self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+
+    def test_importing_it_does_nothing(self) -> None:
+        check = "import registry, threading; assert threading.active_count() == 1"
+        result = python("-W", "error", "-c", check)
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+
+    def test_leaving_without_ending_it_does_not_hang(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            script = "from registry import Registry\nregistry = Registry().__enter__()\nprint(registry.url)"
+            result = python("-c", script, env={**os.environ, "TMPDIR": directory})
+            self.assertRegex(result.stdout, r"\Ahttp://127\.0\.0\.1:\d+\n\Z")
+            self.assertNotIn("Traceback", result.stderr)

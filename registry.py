@@ -11,6 +11,9 @@ The data directory:
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
     uploads/<session id>        the bytes of uploads under way
     registry.db                 SQLite: repositories, links, manifests, tags, upload sessions
+    reserve                     4 MiB to give up when the disk is full, so that deleting still works
+    token.key                   what tokens are signed with, where there are users
+    corrupt/                    damaged files that verify --repair moved out of the way
 
 The one invariant: **a file is durable before its row exists, and a row goes before its file does.**
 A crash can therefore leave a file that no row names, and never a row whose file is missing.
@@ -23,6 +26,8 @@ The sections, each of which uses only those above it:
     Manifests       what a manifest says, checked
     Files           the content-addressed directory and the files under upload; knows no SQL
     Store           files and SQLite together; knows no HTTP
+    Maintenance     garbage collection, and verifying what is stored
+    Access          users, grants, tokens and certificates; knows no HTTP either
     Messages        requests and replies: heads, bodies, ranges, pages
     Handlers        one function per operation
     Routes          one table: method, path, handler
@@ -34,11 +39,15 @@ The sections, each of which uses only those above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import dataclasses
 import enum
 import errno
 import functools
+import getpass
 import hashlib
+import hmac
 import http
 import io
 import json
@@ -60,13 +69,17 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple
+from typing import Any, BinaryIO, Callable, Generic, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 try:
     import fcntl
 except ImportError:  # Windows: sessions are then guarded within one process only
     fcntl = None  # type: ignore[assignment]
+try:
+    import ssl
+except ImportError:  # a Python built without it serves plain HTTP
+    ssl = None  # type: ignore[assignment]
 try:
     import resource
 except ImportError:
@@ -99,6 +112,7 @@ REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
 
 RECEIVE_SIZE = 64 * KIB
+COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
 BUFFER_SIZE = 1 * MIB  # one upload's reused buffer
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
 CACHE_SIZE = 8 * MIB
@@ -110,12 +124,26 @@ LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
-HOUSEKEEPING_INTERVAL = 3600.0
+EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
+FLUSH_INTERVAL = 60.0  # between records of what was pulled
+LEASE_SLACK = 5.0  # seconds by which told_at may be behind
+GRACE = 3600.0  # how long a client can rely on what it was told, by default
+SHORTEST_GRACE = 10.0  # twice the slack
 
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024  # by default
+TOKEN_LIFETIME = 300  # seconds
+PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
+FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
+FAILURE_INTERVAL = 60.0  # seconds after which failures are forgotten
+SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
+FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
+RESERVE_SIZE = 4 * MIB
+MIN_FREE = 64 * MIB  # of the disk, by default
+BATCH = 100  # rows that maintenance changes under one write lock
 FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
 
+ALGORITHMS = ("sha256", "sha512")
 NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 NAME_LIMIT = 255
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -124,6 +152,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
+HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 CONTENT_RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 # === Errors ===========================================================================================
@@ -167,7 +196,10 @@ class ErrorCode(enum.Enum):
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
     HTTP_VERSION = 505, "UNSUPPORTED", "only HTTP/1.1 and HTTP/1.0 are spoken here"
-    STORAGE_FULL = 507, "DENIED", "the registry's disk is full"
+    READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
+    FORM_TOO_LARGE = 413, "SIZE_INVALID", f"form larger than {FORM_LIMIT // KIB} KiB"
+    BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
+    STORAGE_FULL = 507, "DENIED", "the registry's disk is full; delete something or make room"
 
     def __init__(self, status: int, code: str, message: str) -> None:
         self.status = status
@@ -201,6 +233,15 @@ def encode_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an upload failed because there is no room for it."""
+    if isinstance(error, RegistryError):
+        return error.code in (ErrorCode.STORAGE_FULL, ErrorCode.BLOB_TOO_LARGE)
+    if isinstance(error, sqlite3.OperationalError):
+        return "is full" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+
+
 class StartupError(Exception):
     """Why the registry cannot run here, in one line that says what to do about it."""
 
@@ -226,7 +267,7 @@ def parse_digest(text: str) -> str:
 
 def parse_algorithm(text: str) -> str:
     """A digest algorithm by its name; DIGEST_INVALID for one that is not served."""
-    if text not in ("sha256", "sha512"):
+    if text not in ALGORITHMS:
         raise RegistryError(ErrorCode.DIGEST_INVALID, text)
     return text
 
@@ -253,11 +294,6 @@ class Manifest(NamedTuple):
     annotations: dict[str, str]
     required: tuple[str, ...]  # digests that the repository must hold already
     optional: tuple[str, ...]  # digests that it may lack: foreign layers
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Every digest that this manifest keeps alive, each once."""
-        return tuple(dict.fromkeys(self.required + self.optional))
 
 
 def invalid_manifest(reason: str) -> RegistryError:
@@ -413,9 +449,13 @@ class UploadFile:
     The lock is the file's own (flock), so it holds between processes and ends with them.
     """
 
-    def __init__(self, path: str, algorithm: str, *, create: bool) -> None:
-        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it."""
+    def __init__(self, path: str, algorithm: str, admit: Callable[[int, int], None], *, create: bool) -> None:
+        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it.
+
+        admit is asked before the file grows, with its size and by how much; it raises what forbids that.
+        """
         self.path = path
+        self._admit = admit
         self.id = os.path.basename(path)
         self._file: BinaryIO = open(path, "xb+" if create else "rb+", buffering=0)  # noqa: SIM115
         try:
@@ -437,15 +477,20 @@ class UploadFile:
         if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
-    def append(self, readinto: Callable[[memoryview], int], size_hint: int = BUFFER_SIZE) -> int:
+    def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
         """Append all that readinto gives until it gives nothing, and return how many bytes that was.
 
-        What was received before an exception stays in the file.
+        expected: how many bytes that will be, if it is known. What was received before an exception
+        stays in the file.
         """
+        self._admit(self.size, expected or 0)
         self._catch_up()
         start = self.size
-        buffer = memoryview(bytearray(max(1, min(size_hint, BUFFER_SIZE))))
+        buffer = memoryview(
+            bytearray(BUFFER_SIZE if expected is None else max(1, min(expected, BUFFER_SIZE)))
+        )
         while count := readinto(buffer):
+            self._admit(self.size, count)
             self._write(buffer[:count])
         return self.size - start
 
@@ -493,20 +538,39 @@ class UploadFile:
         """Make the bytes durable."""
         os.fsync(self._file.fileno())
 
+    def is_placed(self) -> bool:
+        """Whether these bytes are under blobs/ as well: a crash came before the upload was forgotten."""
+        return os.fstat(self._file.fileno()).st_nlink > 1
+
     def close(self) -> None:
         """Release the lock; the file stays where it is."""
         self._file.close()
 
 
+class Limits(NamedTuple):
+    """How much may be stored, in bytes."""
+
+    max_blob_size: int | None = None
+    min_free: int = 0  # of the disk's space
+
+
 class Files:
     """The content-addressed files of one data directory, and those under upload beside them."""
 
-    def __init__(self, root: str, *, durable: bool) -> None:
+    def __init__(self, root: str, *, durable: bool, limits: Limits) -> None:
         """durable: whether bytes and names are forced to the disk before they count."""
         self.root = root
         self.durable = durable
-        for directory in ("blobs/sha256", "blobs/sha512", "uploads"):
-            os.makedirs(os.path.join(root, directory), exist_ok=True)
+        self._limits = limits
+
+    def make_directories(self) -> None:
+        """Make the directories that are missing, durably."""
+        for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
+            path = os.path.abspath(os.path.join(self.root, directory))
+            if not os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                if self.durable:
+                    sync_directory(os.path.dirname(path))
 
     def path(self, digest: str) -> str:
         """Where the content with this digest is, or would be."""
@@ -527,20 +591,64 @@ class Files:
             return None
         return open(descriptor, "rb", buffering=0)
 
-    def place(self, upload: UploadFile, digest: str) -> None:
-        """Move an upload whose bytes are durable to its digest's name, and make that durable.
+    def place(self, upload: UploadFile, digest: str) -> bool:
+        """Give an upload whose bytes are durable its digest's name too, durably; whether that name is new.
 
+        The upload's own name stays until the upload is forgotten, so that a crash leaves a trace of both.
         A file that is there already is replaced by its equal, which mends a damaged one.
         """
         target = self.path(digest)
-        os.replace(upload.path, target)
+        try:
+            os.link(upload.path, target)
+            created = True
+        except OSError:  # it exists, or this file system has no hard links
+            created = not os.path.lexists(target)
+            os.replace(upload.path, target)
         if self.durable:
             sync_directory(os.path.dirname(target))
+        return created
+
+    def set_aside(self, digest: str) -> None:
+        """Move a damaged content's file to corrupt/."""
+        os.makedirs(f"{self.root}/corrupt", exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path(digest), f"{self.root}/corrupt/{digest.replace(':', '-')}")
 
     def remove(self, digest: str) -> None:
         """Remove the content; no error if it is gone."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(digest))
+
+    def contents(self) -> Iterator[str]:
+        """The digests that all files under blobs/ are named by, in no order."""
+        for algorithm in ALGORITHMS:
+            with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
+                yield from (f"{algorithm}:{entry.name}" for entry in entries)
+
+    def admit(self, size: int, more: int) -> None:
+        """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
+        largest = self._limits.max_blob_size
+        if largest is not None and size + more > largest:
+            raise RegistryError(ErrorCode.BLOB_TOO_LARGE, f"more than {largest} bytes")
+        if self._limits.min_free and self.free_space() - more < self._limits.min_free:
+            raise RegistryError(ErrorCode.STORAGE_FULL)
+
+    def free_space(self) -> int:
+        """How many bytes of the disk are left."""
+        return shutil.disk_usage(self.root).free
+
+    def keep_reserve(self) -> None:
+        """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
+        path = f"{self.root}/reserve"
+        if self.durable and not os.path.exists(path) and self.free_space() > 2 * RESERVE_SIZE:
+            with open(path, "wb", buffering=0) as file:
+                file.write(bytes(RESERVE_SIZE))
+
+    def release_reserve(self) -> None:
+        """Give up the space set aside if the disk is full, so that the database can record deletions."""
+        if self.free_space() < RESERVE_SIZE:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.root}/reserve")
 
     def upload_path(self, session: str) -> str:
         """Where an upload session's bytes are; the id is one that new_session_id gave."""
@@ -604,19 +712,35 @@ class Store:
     directory. Errors of the caller's making are RegistryErrors; the rest are OSError and sqlite3.Error.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, sparse: bool = False, durable: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        sparse: bool = False,
+        durable: bool = True,
+        read_only: bool = False,
+        limits: Limits | None = None,
+    ) -> None:
         """Open a data directory, made if missing. Raises StartupError when that cannot be.
 
         sparse: accept manifests whose layers, and indexes whose children, are absent.
         durable: what was acknowledged survives a power cut.
+        read_only: change nothing, not even what is kept of pulls; the medium may be read-only too.
         """
         self.sparse = sparse
-        self.files = Files(os.fspath(root), durable=durable)
+        self.read_only = read_only
+        self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
         self._cache = ContentCache(CACHE_SIZE)
         self._hashes: dict[str, tuple[Any, int]] = {}  # running hashes of sessions between requests
+        self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._readers: list[sqlite3.Connection] = []  # idle connections; a stack, so that few stay warm
         self._write_lock = threading.Lock()
+        self._undo: list[Callable[[], None]] = []  # for a transaction that fails; guarded by the write lock
+        self._synchronous = ""
+        if not read_only:
+            self.files.make_directories()
+            self.files.release_reserve()
         self._writer = self._connect()
         try:
             self._prepare()
@@ -625,11 +749,18 @@ class Store:
             raise
 
     def _connect(self) -> sqlite3.Connection:
+        """A connection. Where nothing can be written, not even SQLite's own locks, it needs none."""
+        mode = "rwc"
+        if self.read_only:
+            mode = "ro" if os.access(self.files.root, os.W_OK) else "ro&immutable=1"
         connection = sqlite3.connect(
-            self._path, timeout=DATABASE_TIMEOUT, isolation_level=None, check_same_thread=False
+            f"file:{quote(os.path.abspath(self._path))}?mode={mode}",
+            uri=True,
+            timeout=DATABASE_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
         )
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA synchronous = {'FULL' if self.files.durable else 'OFF'}")
         return connection
 
     def _prepare(self) -> None:
@@ -640,19 +771,24 @@ class Store:
                 f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
                 "run the newer registry.py that made it"
             )
+        if self.read_only:
+            return
+        self._set_synchronous(durable=True)
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < FORMAT_VERSION:
             schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
             self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+        self.files.keep_reserve()
 
     def close(self) -> None:
         """Close the database. No other method may be running or be called again."""
+        self.flush_pulls()
         for connection in (*self._readers, self._writer):
             connection.close()
 
     # --- SQL
 
-    def _read(self, sql: str, *parameters: object) -> list[Any]:
+    def read(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, from a pooled connection."""
         try:
             connection = self._readers.pop()
@@ -664,21 +800,46 @@ class Store:
             self._readers.append(connection)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """SQLite's write lock, held against other threads and processes alike; commits on the way out."""
+    def transaction(
+        self, *, durable: bool = True, freeing: bool = False, dry_run: bool = False
+    ) -> Iterator[sqlite3.Connection]:
+        """SQLite's write lock, held against other threads and processes alike; commits on the way out.
+
+        durable: wait for the disk. freeing: it makes room, so it may use the reserve for that.
+        dry_run: undo everything instead of committing it.
+        """
         with self._write_lock:
+            if freeing:
+                self.files.release_reserve()
+            self._set_synchronous(durable=durable)
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
-                self._writer.execute("COMMIT")
+                self._writer.execute("ROLLBACK" if dry_run else "COMMIT")
             except BaseException:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
+                for undo in self._undo:
+                    undo()
                 raise
+            finally:
+                self._undo.clear()
+
+    def _set_synchronous(self, *, durable: bool) -> None:
+        """Whether commits wait for the disk: FULL does, NORMAL leaves it to the next checkpoint."""
+        level = ("FULL" if durable else "NORMAL") if self.files.durable else "OFF"
+        if level != self._synchronous:
+            self._writer.execute(f"PRAGMA synchronous = {level}")
+            self._synchronous = level
+
+    def _place(self, upload: UploadFile, digest: str) -> None:
+        """Within a transaction: put an upload's bytes under blobs/, for the time being."""
+        if self.files.place(upload, digest):
+            self._undo.append(functools.partial(self.files.remove, digest))
 
     def _require_repository(self, name: str) -> int:
         """A repository's id. Raises NAME_UNKNOWN."""
-        rows = self._read("SELECT id FROM repositories WHERE name = ?", name)
+        rows = self.read("SELECT id FROM repositories WHERE name = ?", name)
         if not rows:
             raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
         return int(rows[0][0])
@@ -694,10 +855,33 @@ class Store:
         )
         ((repository,),) = db.execute("SELECT id FROM repositories WHERE name = ?", (name,))
         db.execute(
-            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest) VALUES (?, ?)",
+            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, told_at) VALUES (?1, ?2, 0)",
             (repository, digest),
         )
+        Store._tell(db, repository, digest)
         return int(repository)
+
+    @staticmethod
+    def _tell(db: sqlite3.Connection, repository: int, digest: str) -> bool:
+        """Note that a client now knows that a content is here; whether it is."""
+        sql = "UPDATE repository_blobs SET told_at = ? WHERE repository_id = ? AND digest = ?"
+        return db.execute(sql, (int(time.time()), repository, digest)).rowcount > 0
+
+    def _lease(self, repository: int, digest: str, told_at: int) -> bool:
+        """Let a client rely on a content that it is being told of; whether the content is still here.
+
+        On a full disk that cannot be recorded. The answer stands all the same: it serves pulls, and
+        nothing can be pushed anyway.
+        """
+        if self.read_only or time.time() - told_at < LEASE_SLACK:
+            return True
+        try:
+            with self.transaction(durable=False) as db:
+                return self._tell(db, repository, digest)
+        except (OSError, sqlite3.OperationalError) as error:
+            if is_out_of_space(error):
+                return True
+            raise
 
     # --- Contents
 
@@ -714,16 +898,19 @@ class Store:
         self._cache.put(descriptor.digest, content)
         return content
 
-    def blob(self, name: str, digest: str) -> Descriptor:
-        """A blob that the repository is linked to. Raises BLOB_UNKNOWN."""
-        rows = self._read(
-            "SELECT b.size FROM repositories r"
+    def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
+        """A blob that the repository is linked to. Raises BLOB_UNKNOWN.
+
+        lease: garbage collection shall leave it alone for the grace period.
+        """
+        rows = self.read(
+            "SELECT b.size, l.repository_id, l.told_at FROM repositories r"
             " JOIN repository_blobs l ON l.repository_id = r.id JOIN blobs b ON b.digest = l.digest"
             " WHERE r.name = ? AND l.digest = ?",
             name,
             digest,
         )
-        if not rows:
+        if not rows or (lease and not self._lease(rows[0][1], digest, rows[0][2])):
             raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
         return Descriptor(OCTET_STREAM, digest, rows[0][0])
 
@@ -732,56 +919,68 @@ class Store:
 
         Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
         """
-        with self._transaction() as db:
+        with self.transaction(freeing=True) as db:
             rows = db.execute(
-                "SELECT l.repository_id, l.needed_by OR EXISTS (SELECT 1 FROM manifests m"
-                "   WHERE m.repository_id = l.repository_id AND m.digest = l.digest)"
-                " FROM repositories r JOIN repository_blobs l ON l.repository_id = r.id"
-                " WHERE r.name = ? AND l.digest = ?",
+                "SELECT l.repository_id, l.needed_by FROM repositories r"
+                " JOIN repository_blobs l ON l.repository_id = r.id WHERE r.name = ? AND l.digest = ?",
                 (name, digest),
             ).fetchall()
             if not rows:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-            ((repository, needed),) = rows
-            if needed:
+            ((repository, needed_by),) = rows
+            if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
-            self._unlink(db, repository, digest)
-        self._remove_unlinked(digest)
+            self.unlink(db, repository, digest)
+        self.remove_doomed()
 
     @staticmethod
-    def _unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
-        """Drop a link and all that hangs on it, a blob's row with its last link, and an empty repository."""
+    def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
+        """Drop a link and all that hangs on it; a blob's row goes with its last link (schema.sql)."""
         db.execute(
             "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?", (repository, digest)
         )
-        db.execute(
-            "DELETE FROM blobs WHERE digest = ?1"
-            " AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE digest = ?1)",
-            (digest,),
-        )
-        db.execute(
-            "DELETE FROM repositories WHERE id = ?1"
-            " AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = ?1)",
-            (repository,),
-        )
 
-    def _remove_unlinked(self, digest: str) -> None:
-        """Remove a content's file unless it has a row: a push may have brought it back meanwhile."""
-        with self._transaction() as db:
-            if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+    def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
+        """Within a transaction: forget a content in every repository, so that clients push it again.
+
+        What a manifest among them needed is left alone for the grace period, to be found by that push.
+        """
+        db.execute(
+            "UPDATE repository_blobs SET told_at = ? WHERE (repository_id, digest) IN"
+            " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
+            (int(time.time()), digest),
+        )
+        db.execute("DELETE FROM repository_blobs WHERE digest = ?", (digest,))
+        self._cache.forget(digest)
+
+    def remove_doomed(self) -> None:
+        """Remove the files whose rows are gone: under the write lock, so that no push brings one back."""
+        while self._remove_some_doomed() == BATCH:
+            pass
+
+    def _remove_some_doomed(self) -> int:
+        with self.transaction(durable=False, freeing=True) as db:
+            rows = db.execute("SELECT digest FROM doomed LIMIT ?", (BATCH,)).fetchall()
+            for (digest,) in rows:
                 self._cache.forget(digest)
                 self.files.remove(digest)
+            db.executemany("DELETE FROM doomed WHERE digest = ?", rows)
+        return len(rows)
 
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
         try:
-            descriptor = self.blob(source, digest)
+            blob = self.blob(source, digest)
         except RegistryError:
             return False
-        with self._transaction() as db:
+        file = self.files.open(digest, blob.size)
+        if file is None:
+            return False
+        file.close()
+        with self.transaction() as db:
             if not self._is_linked(db, source, digest):
                 return False
-            self._link(db, name, digest, descriptor.size)
+            self._link(db, name, digest, blob.size)
         return True
 
     @staticmethod
@@ -794,7 +993,7 @@ class Store:
 
     def repositories_with(self, digest: str) -> list[str]:
         """The names of the repositories that are linked to a blob."""
-        rows = self._read(
+        rows = self.read(
             "SELECT r.name FROM repository_blobs l JOIN repositories r ON r.id = l.repository_id"
             " WHERE l.digest = ? ORDER BY r.name",
             digest,
@@ -806,46 +1005,62 @@ class Store:
     @contextlib.contextmanager
     def new_upload(self, algorithm: str) -> Iterator[UploadFile]:
         """A file to receive one content at once; gone afterwards unless it was made a blob."""
-        path = self.files.upload_path(secrets.token_hex(16))
-        upload = UploadFile(path, algorithm, create=True)
+        upload = self._create_upload(algorithm)
         try:
             yield upload
         finally:
-            upload.close()
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                os.unlink(upload.path)
+            upload.close()
+
+    def _create_upload(self, algorithm: str) -> UploadFile:
+        """A new upload file. One that expire_uploads finds before it is locked may be gone: try again."""
+        while True:
+            path = self.files.upload_path(secrets.token_hex(16))
+            with contextlib.suppress(FileNotFoundError, RegistryError):
+                return UploadFile(path, algorithm, self.files.admit, create=True)
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
-        session = secrets.token_hex(16)
-        upload = UploadFile(self.files.upload_path(session), algorithm, create=True)
+        self.files.admit(0, 0)
+        upload = self._create_upload(algorithm)
         try:
-            with self._transaction() as db:
-                db.execute("INSERT INTO uploads VALUES (?, ?, ?)", (session, name, algorithm))
+            with self.transaction(durable=False) as db:
+                db.execute("INSERT INTO uploads VALUES (?, ?, ?)", (upload.id, name, algorithm))
+        except BaseException:
+            os.unlink(upload.path)
+            raise
         finally:
             upload.close()
-        return session
+        return upload.id
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
+        """An upload session to write to; one that there is no room for is dropped.
+
+        Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY.
+        """
         upload = self._open_session(session, self._session_algorithm(name, session))
         upload.resume_hash(self._hashes.pop(session, None))
         try:
             yield upload
-        finally:
             if os.path.exists(upload.path):
                 self._hashes[session] = upload.hash_state()
+        except Exception as error:
+            if is_out_of_space(error):
+                self._discard(upload)
+            raise
+        finally:
             upload.close()
 
     def _open_session(self, session: str, algorithm: str) -> UploadFile:
         try:
-            return UploadFile(self.files.upload_path(session), algorithm, create=False)
+            return UploadFile(self.files.upload_path(session), algorithm, self.files.admit, create=False)
         except FileNotFoundError:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
 
     def _session_algorithm(self, name: str, session: str) -> str:
-        rows = self._read("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
+        rows = self.read("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
         if not rows:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
         return str(rows[0][0])
@@ -864,10 +1079,25 @@ class Store:
             self._discard(upload)
 
     def _discard(self, upload: UploadFile) -> None:
-        with self._transaction() as db:
-            db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
+        """Drop an upload, and what a crash may have left of it under blobs/."""
+        self._unplace(upload)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(upload.path)
+        with self.transaction(durable=False, freeing=True) as db:
+            db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
+
+    def _unplace(self, upload: UploadFile) -> None:
+        """Take back a name under blobs/ that a crash left before it was recorded."""
+        if not upload.is_placed():
+            return
+        with self.transaction(durable=False, freeing=True) as db:
+            for algorithm in ALGORITHMS:
+                db.execute(
+                    "INSERT INTO doomed SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE digest = ?1)"
+                    " ON CONFLICT DO NOTHING",
+                    (upload.digest(algorithm),),
+                )
+        self.remove_doomed()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
         """Make an upload the repository's blob of this digest, durably.
@@ -875,10 +1105,12 @@ class Store:
         Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
         """
         self._seal(upload, digest)
-        with self._transaction() as db:
-            self.files.place(upload, digest)
+        with self.transaction() as db:
+            self._place(upload, digest)
             self._link(db, name, digest, upload.size)
             db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(upload.path)
 
     def _seal(self, upload: UploadFile, digest: str) -> None:
         """Check an upload's bytes against their digest and make them durable."""
@@ -889,44 +1121,51 @@ class Store:
         if self.files.durable:
             upload.sync()
 
-    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> int:
-        """Drop upload sessions idle for so many seconds, and files that a crash left without a session.
+    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
+        """Drop upload sessions idle for so many seconds, and what a crash left behind of any upload.
 
-        Returns how many there were. An upload that is being written to is left alone.
+        An upload that is being written to is left alone.
         """
         oldest = time.time() - lifetime
-        sessions = {session for (session,) in self._read("SELECT id FROM uploads")}
-        entries = {entry.name: entry for entry in self.files.uploads()}
-        stale = [name for name in sessions if name not in entries or _is_older(entries[name], oldest)]
-        stale += [name for name in entries if name not in sessions]
-        return sum(self._expire(name) for name in stale)
+        sessions = {session for (session,) in self.read("SELECT id FROM uploads")}
+        present = {entry.name for entry in self.files.uploads() if _needs_care(entry, sessions, oldest)}
+        absent = [session for session in sessions if not os.path.exists(self.files.upload_path(session))]
+        if absent:
+            with self.transaction(durable=False, freeing=True) as db:
+                db.executemany("DELETE FROM uploads WHERE id = ?", [(session,) for session in absent])
+        for session in present:
+            with contextlib.suppress(RegistryError):  # it is being written to, or was finished just now
+                self._expire(session, oldest)
 
-    def _expire(self, session: str) -> bool:
-        try:
-            upload = self._open_session(session, "sha256")
-        except RegistryError as error:
-            if error.code is ErrorCode.UPLOAD_BUSY:
-                return False
-            with self._transaction() as db:
-                db.execute("DELETE FROM uploads WHERE id = ?", (session,))
-            return True
-        self._hashes.pop(session, None)
-        self._discard(upload)
-        upload.close()
-        return True
+    def _expire(self, session: str, oldest: float) -> None:
+        upload = self._open_session(session, "sha256")
+        try:  # only now that it is locked can it be told whether it is abandoned
+            known = self.read("SELECT 1 FROM uploads WHERE id = ?", session)
+            if known and os.stat(upload.path).st_mtime >= oldest:
+                self._unplace(upload)
+            else:
+                self._hashes.pop(session, None)
+                self._discard(upload)
+        finally:
+            upload.close()
 
     # --- Manifests
 
-    def manifest(self, name: str, reference: str) -> Descriptor:
-        """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
+    def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
+        """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN.
+
+        lease: garbage collection shall leave it alone for the grace period.
+        """
         if is_digest(reference):
             source, column = "manifests m", "m.digest"
         else:
             source = "tags t JOIN manifests m ON m.repository_id = t.repository_id AND m.digest = t.digest"
             column = "t.name"
         alias = column[0]
-        rows = self._read(
-            f"SELECT m.media_type, m.digest, b.size FROM {source} JOIN blobs b ON b.digest = m.digest"
+        rows = self.read(
+            f"SELECT m.media_type, m.digest, b.size, l.repository_id, l.told_at FROM {source}"
+            " JOIN blobs b ON b.digest = m.digest"
+            " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
             f" WHERE {alias}.repository_id = (SELECT id FROM repositories WHERE name = ?) AND {column} = ?",
             name,
             reference,
@@ -934,7 +1173,33 @@ class Store:
         if not rows:
             self._require_repository(name)
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        return Descriptor(*rows[0])
+        media_type, digest, size, repository, told_at = rows[0]
+        if lease and not self._lease(repository, digest, told_at):
+            raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
+        return Descriptor(media_type, digest, size)
+
+    def note_pull(self, name: str, digest: str) -> None:
+        """Remember, until flush_pulls, that a manifest was pulled now."""
+        if not self.read_only:
+            self._pulled[name, digest] = int(time.time())
+
+    def flush_pulls(self) -> None:
+        """Record what was pulled since the last time. On a full disk that waits."""
+        pulled, self._pulled = self._pulled, {}
+        if not pulled:
+            return
+        rows = [(moment, name, digest) for (name, digest), moment in pulled.items()]
+        try:
+            with self.transaction(durable=False) as db:
+                db.executemany(
+                    "UPDATE manifests SET pulled_at = ?"
+                    " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?",
+                    rows,
+                )
+        except (OSError, sqlite3.OperationalError) as error:
+            if not is_out_of_space(error):
+                raise
+            self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
         self, name: str, manifest: Manifest, content: bytes, digest: str, tags: Iterable[str]
@@ -946,9 +1211,9 @@ class Store:
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             self._seal(upload, digest)
-            with self._transaction() as db:
+            with self.transaction() as db:
                 self._require_references(db, name, manifest)
-                self.files.place(upload, digest)
+                self._place(upload, digest)
                 repository = self._link(db, name, digest, len(content))
                 self._record_manifest(db, repository, digest, manifest)
                 db.executemany(
@@ -964,31 +1229,31 @@ class Store:
         if missing:
             raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *missing)
 
-    @staticmethod
-    def _record_manifest(db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest) -> None:
+    def _record_manifest(
+        self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
+    ) -> None:
         """Pushed again, a manifest whose body names no media type may bring another one."""
         annotations = json.dumps(manifest.annotations) if manifest.annotations else None
+        about = (manifest.media_type, manifest.artifact_type, manifest.subject, annotations)
+        now = int(time.time())
         db.execute(
-            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type",
-            (
-                repository,
-                digest,
-                manifest.media_type,
-                manifest.artifact_type,
-                manifest.subject,
-                annotations,
-            ),
+            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
+            " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
+            (repository, digest, *about, now, now),
         )
+        needs = dict.fromkeys(manifest.optional, False)
+        needs.update(dict.fromkeys(manifest.required, not self.sparse))
+        needs[digest] = True
         db.executemany(
-            "INSERT OR IGNORE INTO manifest_references VALUES (?, ?, ?)",
-            [(repository, digest, child) for child in manifest.references],
+            "INSERT OR IGNORE INTO manifest_references VALUES (?, ?, ?, ?)",
+            [(repository, digest, child, required) for child, required in needs.items()],
         )
 
     def delete_tag(self, name: str, tag: str) -> None:
         """Remove a tag and nothing else. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
         repository = self._require_repository(name)
-        with self._transaction() as db:
+        with self.transaction(freeing=True) as db:
             deleted = db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, tag))
             if not deleted.rowcount:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {tag}")
@@ -996,7 +1261,7 @@ class Store:
     def delete_manifest(self, name: str, digest: str) -> None:
         """Remove a manifest and its tags. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED."""
         repository = self._require_repository(name)
-        with self._transaction() as db:
+        with self.transaction(freeing=True) as db:
             rows = db.execute(
                 "SELECT l.needed_by FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
                 " WHERE m.repository_id = ? AND m.digest = ?",
@@ -1004,10 +1269,10 @@ class Store:
             ).fetchall()
             if not rows:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {digest}")
-            if rows[0][0]:
+            if rows[0][0] > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
-            self._unlink(db, repository, digest)
-        self._remove_unlinked(digest)
+            self.unlink(db, repository, digest)
+        self.remove_doomed()
 
     # --- Listings
 
@@ -1015,12 +1280,12 @@ class Store:
         """Up to so many tags after one, in byte order. Raises NAME_UNKNOWN."""
         repository = self._require_repository(name)
         sql = "SELECT name FROM tags WHERE repository_id = ? AND name > ? ORDER BY name LIMIT ?"
-        return [tag for (tag,) in self._read(sql, repository, last, limit)]
+        return [tag for (tag,) in self.read(sql, repository, last, limit)]
 
     def repositories(self, last: str, limit: int) -> list[str]:
         """Up to so many repositories after one, in byte order."""
         sql = "SELECT name FROM repositories WHERE name > ? ORDER BY name LIMIT ?"
-        return [name for (name,) in self._read(sql, last, limit)]
+        return [name for (name,) in self.read(sql, last, limit)]
 
     def referrers(
         self, name: str, subject: str, artifact_type: str | None, last: str, limit: int
@@ -1029,12 +1294,13 @@ class Store:
 
         What clients without the referrers API listed in the index tagged <algorithm>-<hex> counts too.
         """
-        rows = self._read(
+        rows = self.read(
             "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?1), referrers (digest) AS ("
             " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?2"
             " UNION SELECT c.child FROM repository r"
             " JOIN tags t ON t.repository_id = r.id AND t.name = ?3"
-            " JOIN manifest_references c ON c.repository_id = r.id AND c.manifest = t.digest)"
+            " JOIN manifest_references c ON c.repository_id = r.id AND c.manifest = t.digest"
+            "  AND c.child <> c.manifest)"
             " SELECT m.media_type, m.digest, b.size, m.artifact_type, m.annotations FROM repository r"
             " JOIN referrers JOIN manifests m ON m.repository_id = r.id AND m.digest = referrers.digest"
             " JOIN blobs b ON b.digest = m.digest"
@@ -1049,14 +1315,706 @@ class Store:
         return [Referrer(Descriptor(*row[:3]), row[3], row[4] or "{}") for row in rows]
 
 
-def _is_older(entry: os.DirEntry[str], moment: float) -> bool:
+def _needs_care(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:
+    """Whether an upload file looks abandoned, or as if a crash came while it was made a blob."""
     try:
-        return entry.stat(follow_symlinks=False).st_mtime < moment
+        status = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
-        return True
+        return False
+    return entry.name not in sessions or status.st_mtime < oldest or status.st_nlink > 1
+
+
+# === Maintenance ======================================================================================
+
+
+class Policy(NamedTuple):
+    """What garbage collection may remove besides blobs that no manifest needs."""
+
+    grace: float = GRACE  # seconds for which a client can rely on what it was told
+    untagged_after: float | None = None  # seconds after which untagged manifests go; None: never
+    keep_last: int = 0  # of each repository's untagged manifests, whatever their age
+    max_size: int | None = None  # bytes; above that the least recently pulled manifests go
+
+
+class Removal(NamedTuple):
+    """Something that garbage collection removed, or would remove."""
+
+    kind: str  # "manifest" or "blob"
+    repository: str
+    digest: str
+    size: int  # bytes that the disk gets back: 0 while another repository has the blob
+
+
+class Collector:
+    """One run of garbage collection, beside whoever else uses the store.
+
+    Manifests that the policy lets go are dropped first; that leaves blobs that no manifest needs, and
+    those are unlinked once nobody was told of them for the grace period. Each step takes the write lock
+    for a batch only, except in a dry run, which is one transaction undone at its end.
+    """
+
+    def __init__(self, store: Store, policy: Policy, report: Callable[[Removal], None]) -> None:
+        """report is called with each removal."""
+        self._store = store
+        self._policy = policy
+        self._report = report
+        self._told_before = int(time.time() - policy.grace)
+        self._dry: sqlite3.Connection | None = None
+
+    def run(self, *, dry_run: bool = False) -> None:
+        """Collect; in a dry run only report."""
+        self._store.flush_pulls()
+        if dry_run:
+            with self._store.transaction(dry_run=True) as self._dry:
+                self._collect()
+            return
+        self._store.remove_doomed()
+        self._collect()
+        self._store.files.keep_reserve()
+
+    def _collect(self) -> None:
+        if self._policy.untagged_after is not None:
+            self._drop_untagged(self._policy.untagged_after)
+        self._sweep()
+        if self._policy.max_size is not None:
+            self._shrink(self._policy.max_size)
+
+    @contextlib.contextmanager
+    def _batch(self) -> Iterator[sqlite3.Connection]:
+        if self._dry:
+            yield self._dry
+            return
+        with self._store.transaction(freeing=True) as db:
+            yield db
+        self._store.remove_doomed()
+
+    def _drop_untagged(self, age: float) -> None:
+        """Drop untagged manifests that nothing needs. That may free others: children, and referrers."""
+        before = min(self._told_before, int(time.time() - age))
+        while self._drop(self._untagged(before), before):
+            pass
+
+    def _untagged(self, before: int) -> list[tuple[int, str, str]]:
+        with self._batch() as db:
+            return db.execute(
+                "WITH untagged AS (SELECT m.repository_id, m.digest, l.told_at, row_number() OVER ("
+                "   PARTITION BY m.repository_id ORDER BY m.pushed_at DESC, m.digest) AS position"
+                "  FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
+                "  WHERE l.needed_by = 1 AND NOT EXISTS (SELECT 1 FROM tags t"
+                "   WHERE t.repository_id = m.repository_id AND t.digest = m.digest)"
+                "  AND NOT EXISTS (SELECT 1 FROM manifests s"
+                "   WHERE s.repository_id = m.repository_id AND s.digest = m.subject))"
+                " SELECT u.repository_id, r.name, u.digest FROM untagged u"
+                " JOIN repositories r ON r.id = u.repository_id WHERE u.position > ? AND u.told_at < ?",
+                (self._policy.keep_last, before),
+            ).fetchall()
+
+    def _drop(self, manifests: Sequence[tuple[int, str, str]], before: int, *, tagged: bool = False) -> int:
+        """Drop manifests unless they have come into use again since they were chosen; returns how many."""
+        dropped = 0
+        for start in range(0, len(manifests), BATCH):
+            with self._batch() as db:
+                for repository, name, digest in manifests[start : start + BATCH]:
+                    gone = db.execute(
+                        "DELETE FROM manifests WHERE repository_id = ?1 AND digest = ?2"
+                        " AND EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = ?1"
+                        "  AND digest = ?2 AND needed_by = 1 AND told_at < ?3)"
+                        " AND (?4 OR NOT EXISTS"
+                        "  (SELECT 1 FROM tags WHERE repository_id = ?1 AND digest = ?2))",
+                        (repository, digest, before, tagged),
+                    ).rowcount
+                    if gone:
+                        self._report(Removal("manifest", name, digest, 0))
+                        dropped += 1
+        return dropped
+
+    def _sweep(self) -> int:
+        """Unlink the blobs that no manifest needs; returns the bytes that the disk gets back."""
+        freed = 0
+        while True:
+            with self._batch() as db:
+                garbage = db.execute(
+                    "SELECT l.repository_id, r.name, l.digest, b.size FROM repository_blobs l"
+                    " JOIN repositories r ON r.id = l.repository_id JOIN blobs b ON b.digest = l.digest"
+                    " WHERE l.needed_by = 0 AND l.told_at < ? LIMIT ?",
+                    (self._told_before, BATCH),
+                ).fetchall()
+                for repository, name, digest, size in garbage:
+                    self._store.unlink(db, repository, digest)
+                    kept = db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall()
+                    self._report(Removal("blob", name, digest, 0 if kept else size))
+                    freed += 0 if kept else size
+            if len(garbage) < BATCH:
+                return freed
+
+    def _shrink(self, max_size: int) -> None:
+        """Drop the least recently pulled manifests until the store fits, or nothing more may go yet."""
+        with self._batch() as db:
+            ((size,),) = db.execute("SELECT coalesce(sum(size), 0) FROM blobs")
+        while size > max_size:
+            with self._batch() as db:
+                oldest = db.execute(
+                    "SELECT m.repository_id, r.name, m.digest FROM manifests m"
+                    " JOIN repositories r ON r.id = m.repository_id"
+                    " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
+                    " WHERE l.needed_by = 1 AND l.told_at < ? ORDER BY m.pulled_at, m.pushed_at LIMIT 1",
+                    (self._told_before,),
+                ).fetchall()
+            if not oldest:
+                return
+            self._drop(oldest, self._told_before, tagged=True)
+            size -= self._sweep()
+
+
+class Finding(NamedTuple):
+    """Something that verify found wrong."""
+
+    kind: str  # corrupt, truncated, missing, unreferenced, dangling or database
+    subject: str  # a digest, or what it is about
+    repaired: bool = False
+
+
+class Verifier:
+    """Compares what is on disk with what the database says, beside whoever else uses the store."""
+
+    def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
+        """advance is called with the number of bytes of each file that was dealt with."""
+        self._store = store
+        self._advance = advance
+
+    def run(self, *, repair: bool = False) -> Iterator[Finding]:
+        """Yield what is wrong.
+
+        repair: move damaged files aside, and drop their rows and those of missing files, so that clients
+        push them again. Nothing that is whole is touched.
+        """
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
+
+        yield from self._check_database()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for rows in self._pages():
+                for (digest, size), damage in zip(rows, pool.map(self._check, rows)):
+                    if damage:
+                        yield from self._confirm(digest, size, repair)
+        yield from self._check_files()
+        yield from self._check_references()
+
+    def total(self) -> int:
+        """How many bytes there are to verify."""
+        return int(self._store.read("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
+
+    def _pages(self) -> Iterator[list[Any]]:
+        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
+        while rows := self._store.read(sql, last, BATCH):
+            yield rows
+            last = rows[-1][0]
+
+    def _check(self, row: tuple[str, int]) -> str:
+        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
+        digest, size = row
+        try:
+            with open(self._store.files.path(digest), "rb", buffering=0) as file:
+                damage = self._examine(file, digest, size)
+        except FileNotFoundError:
+            damage = "missing"
+        self._advance(size)
+        return damage
+
+    @staticmethod
+    def _examine(file: io.FileIO, digest: str, size: int) -> str:
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size:
+            return "truncated" if actual < size else "corrupt"
+        running = hashlib.new(algorithm_of(digest))
+        buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
+        while count := file.readinto(buffer):
+            running.update(buffer[:count])
+        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
+
+    def _confirm(self, digest: str, size: int, repair: bool) -> Iterator[Finding]:
+        """Look again while nobody can push or delete: the content may have come or gone meanwhile."""
+        with self._store.transaction() as db:
+            current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
+            damage = self._check(current[0]) if current else ""
+            if damage and repair:
+                self._store.files.set_aside(digest)
+                self._store.drop_content(db, digest)
+        self._advance(-size)
+        if damage:
+            yield Finding(damage, digest, repair)
+
+    def _check_files(self) -> Iterator[Finding]:
+        for digest in self._store.files.contents():
+            if not is_digest(digest):
+                yield Finding("unreferenced", digest)
+            elif not self._is_known(digest):
+                with self._store.transaction(durable=False):
+                    known = self._is_known(digest) or not os.path.lexists(self._store.files.path(digest))
+                if not known:
+                    yield Finding("unreferenced", digest)
+
+    def _is_known(self, digest: str) -> bool:
+        sql = "SELECT 1 FROM blobs WHERE digest = ?1 UNION ALL SELECT 1 FROM doomed WHERE digest = ?1"
+        return bool(self._store.read(sql, digest))
+
+    def _check_references(self) -> Iterator[Finding]:
+        for name, manifest, child in self._store.read(
+            "SELECT r.name, c.manifest, c.child FROM manifest_references c"
+            " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
+            "  SELECT 1 FROM repository_blobs l"
+            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child)"
+        ):
+            yield Finding("dangling", f"{name}@{manifest} needs {child}")
+
+    def _check_database(self) -> Iterator[Finding]:
+        for (result,) in self._store.read("PRAGMA integrity_check"):
+            if result != "ok":
+                yield Finding("database", result)
+        for table, *_ in self._store.read("PRAGMA foreign_key_check"):
+            yield Finding("database", f"a row of {table} points nowhere")
+
+
+# === Access ===========================================================================================
+
+T = TypeVar("T")
+
+
+class WatchedFiles(Generic[T]):
+    """What some files hold, loaded again when they change; a broken change is logged and passed over."""
+
+    def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:
+        """load raises OSError or ValueError. Raises StartupError if it does so the first time."""
+        self._paths, self._load = paths, load
+        self._seen = self._signature()
+        try:
+            self._value = load()
+        except (OSError, ValueError) as error:
+            raise StartupError(f"cannot use {', '.join(paths)}: {error}") from error
+
+    def get(self) -> T:
+        """The current value."""
+        signature = self._signature()
+        if signature != self._seen:
+            self._seen = signature
+            try:
+                self._value = self._load()
+            except (OSError, ValueError) as error:
+                report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
+                print(f"registry.py: {report}", file=sys.stderr, flush=True)
+        return self._value
+
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        return [self._stat(path) for path in self._paths]
+
+    @staticmethod
+    def _stat(path: str) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class Memory:
+    """Remembers a limited number of things, each for some seconds."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._things: dict[Any, tuple[float, Any]] = {}
+
+    def get(self, key: Any) -> Any:
+        """What was put there, or None."""
+        expires, thing = self._things.get(key, (0.0, None))
+        return thing if expires > time.monotonic() else None
+
+    def put(self, key: Any, thing: Any, seconds: float) -> None:
+        """Remember a thing; when there are too many, the oldest goes."""
+        self._things.pop(key, None)
+        self._things[key] = time.monotonic() + seconds, thing
+        while len(self._things) > self._limit:
+            with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was quicker
+                self._things.pop(next(iter(self._things)))
+
+
+def hash_password(password: str) -> str:
+    """A password's scrypt hash, salted, as a line of the users file holds it."""
+    salt = secrets.token_bytes(16)
+    value = _scrypt(password, salt, SCRYPT_LN, 8, 1)
+    return f"$scrypt$ln={SCRYPT_LN},r=8,p=1${_base64(salt)}${_base64(value)}"
+
+
+def _scrypt(password: str, salt: bytes, ln: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii").rstrip("=")
+
+
+def _unbase64(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+
+
+def password_check(hashed: str) -> Callable[[str], bool]:
+    """What tells whether a password is the one behind a hash. Raises ValueError if this machine cannot."""
+    match = SCRYPT_HASH.fullmatch(hashed)
+    if match:
+        ln, r, p = int(match[1]), int(match[2]), int(match[3])
+        salt, expected = _unbase64(match[4]), _unbase64(match[5])
+        _scrypt("", salt, ln, r, p)  # raises ValueError for what it cannot do
+        return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
+    compute = _htpasswd_hash(hashed)
+    return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
+
+
+def check_in_vain(password: str) -> bool:
+    """The check for a user who does not exist: it takes as long as one for a user who does."""
+    return not _scrypt(password, b"", SCRYPT_LN, 8, 1)
+
+
+def _htpasswd_hash(hashed: str) -> Callable[[str], str]:
+    """What hashes a password the way this hash of htpasswd's or crypt's was made."""
+    if hashed.startswith("{SHA}"):
+        return lambda password: "{SHA}" + _base64(hashlib.sha1(password.encode()).digest()) + "="
+    if hashed.startswith("$apr1$"):
+        salt = hashed.split("$")[2]
+        return lambda password: f"$apr1${salt}${apr1(password.encode(), salt.encode())}"
+    crypt = system_crypt()
+    if hashed.startswith("$") and crypt and (crypt("", hashed) or "*").startswith(hashed[:4]):
+        return lambda password: crypt(password, hashed)
+    raise ValueError(f"a hash that begins with {hashed[:4]!r} cannot be checked here; set it with passwd")
+
+
+def apr1(password: bytes, salt: bytes) -> str:
+    """Apache's variant of the MD5 crypt, as htpasswd -m makes it: 1,000 rounds of it."""
+    length = len(password)
+    first = hashlib.md5(password + salt + password).digest()
+    start = password + b"$apr1$" + salt + (first * (length // 16 + 1))[:length]
+    while length:
+        start += b"\0" if length & 1 else password[:1]
+        length >>= 1
+    value = hashlib.md5(start).digest()
+    for number in range(1000):
+        odd = number % 2
+        text = (password if odd else value) + (salt if number % 3 else b"")
+        text += (password if number % 7 else b"") + (value if odd else password)
+        value = hashlib.md5(text).digest()
+    groups = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5))
+    words = [(value[a] << 16 | value[b] << 8 | value[c], 4) for a, b, c in groups] + [(value[11], 2)]
+    alphabet = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    return "".join(alphabet[word >> 6 * place & 63] for word, places in words for place in range(places))
+
+
+@functools.lru_cache(maxsize=1)
+def system_crypt() -> Callable[[str, str], str] | None:
+    """The system's crypt(3), which knows bcrypt on most systems; None where there is none."""
+    import ctypes  # noqa: PLC0415 - rarely needed, and missing from some builds of Python
+
+    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
+        try:
+            function = ctypes.CDLL(library).crypt
+        except (OSError, AttributeError):
+            continue
+        function.restype, function.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
+        return functools.partial(_crypt, function, threading.Lock())
+    return None
+
+
+def _crypt(function: Any, lock: threading.Lock, password: str, setting: str) -> str:
+    """What crypt(3) makes of a password, or something that is no hash. Its result is in static memory."""
+    with lock:
+        return str((function(password.encode(), setting.encode()) or b"*").decode("latin-1"))
+
+
+def load_users(path: str) -> dict[str, tuple[str, Callable[[str], bool]]]:
+    """The users of an htpasswd file: their hashes, and what checks them. Raises OSError, ValueError."""
+    users = {}
+    for number, line in _lines(path):
+        name, colon, hashed = line.partition(":")
+        if not colon or not name or not hashed:
+            raise ValueError(f"line {number} is not name:hash")
+        try:
+            users[name] = hashed, password_check(hashed)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return users
+
+
+class Grant(NamedTuple):
+    """A line of the grants file: who may do what where."""
+
+    who: str  # a user, * for every user, anonymous for everybody
+    repositories: re.Pattern[str]
+    actions: frozenset[str]
+
+
+def load_grants(path: str) -> list[Grant]:
+    """The lines of a grants file: who, repositories, actions. Raises OSError, ValueError."""
+    grants = []
+    for number, line in _lines(path):
+        fields = line.split()
+        actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
+        if not actions or not actions <= {"pull", "push", "delete"}:
+            raise ValueError(f"line {number} is not: who repositories pull,push,delete")
+        grants.append(Grant(fields[0], compile_glob(fields[1]), actions))
+    return grants
+
+
+def compile_glob(pattern: str) -> re.Pattern[str]:
+    """A pattern of repositories: * stands for anything within a path segment, ** for anything."""
+    parts = re.split(r"(\*\*?)", pattern)
+    return re.compile("".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts))
+
+
+def _lines(path: str) -> list[tuple[int, str]]:
+    """The lines of a text file that say something, numbered."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+
+
+class Scope(NamedTuple):
+    """One action on one resource, as tokens carry it: ("repository", "team/app", "pull")."""
+
+    kind: str
+    name: str
+    action: str
+
+    def __str__(self) -> str:
+        return ":".join(self)
+
+
+CATALOG = Scope("registry", "catalog", "*")
+
+
+class Caller(NamedTuple):
+    """Who makes a request."""
+
+    user: str | None  # None: anonymous
+    scopes: frozenset[Scope] | None = None  # all that a token is good for; None: it is not by token
+
+
+class Access:
+    """Who may do what: users, grants and tokens. Without users, everybody may do everything."""
+
+    def __init__(
+        self,
+        users: str | None = None,
+        grants: str | None = None,
+        *,
+        anonymous_pull: bool = False,
+        certificates: bool = False,
+        key: bytes = b"",
+    ) -> None:
+        """users, grants: paths of files. certificates: clients may show one. key: signs tokens.
+
+        Raises StartupError.
+        """
+        self.enabled = users is not None or certificates
+        if grants is not None and not self.enabled:
+            raise StartupError("grants without users would let nobody in; give --users as well")
+        self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
+        self._grants = WatchedFiles([grants], functools.partial(load_grants, grants)) if grants else None
+        self._anonymous_pull = anonymous_pull
+        self._key = key or secrets.token_bytes(32)
+        self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
+        self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
+        self._verified = Memory(1000)
+        self._failures = Memory(10_000)
+        self._hashing = threading.Lock()  # scrypt takes 16 MiB and a core: one at a time
+
+    def permits(self, user: str | None, scope: Scope) -> bool:
+        """Whether a user, or anybody for None, may do something."""
+        if not self.enabled:
+            return True
+        if scope == CATALOG:
+            return user is not None or self.admits_anonymous()
+        if scope.kind != "repository":
+            return False
+        if self._anonymous_pull and scope.action == "pull":
+            return True
+        if self._grants is None:
+            return user is not None
+        who = {"anonymous"} if user is None else {"anonymous", "*", user}
+        return any(
+            grant.who in who and scope.action in grant.actions and grant.repositories.fullmatch(scope.name)
+            for grant in self._grants.get()
+        )
+
+    def admits_anonymous(self) -> bool:
+        """Whether there is anything at all that anybody may do."""
+        grants = self._grants.get() if self._grants else []
+        return not self.enabled or self._anonymous_pull or any(grant.who == "anonymous" for grant in grants)
+
+    def allows(self, caller: Caller, scope: Scope) -> bool:
+        """Whether a caller may do something: a token must say so, and what it says must still hold."""
+        return (caller.scopes is None or scope in caller.scopes) and self.permits(caller.user, scope)
+
+    def identify(self, authorization: str, address: str, certified: str | None) -> Caller:
+        """Who a request is from: its Authorization header, or its connection's client certificate.
+
+        Raises UNAUTHORIZED if the header is no good, TOOMANYREQUESTS after too many failures.
+        """
+        method, _, credentials = authorization.partition(" ")
+        if not self.enabled or not authorization:
+            return Caller(certified)
+        if method.lower() == "bearer":
+            return self._check_token(credentials.strip())
+        if method.lower() == "basic":
+            return Caller(self.log_in(*_parse_basic(credentials.strip()), address))
+        raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
+
+    def log_in(self, name: str, password: str, address: str) -> str:
+        """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
+
+        What was right is remembered for a while, as a keyed hash, since checking takes its time.
+        """
+        users = self._users.get() if self._users else {}
+        hashed, check = users.get(name, ("", check_in_vain))
+        proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
+        if self._verified.get(proof):
+            return name
+        limits = {address: ADDRESS_FAILURE_LIMIT, (address, name): FAILURE_LIMIT}
+        if any((self._failures.get(key) or 0) >= limit for key, limit in limits.items()):
+            seconds = str(int(FAILURE_INTERVAL))
+            raise RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", seconds),))
+        with self._hashing:
+            verified = check(password)
+        if not verified:
+            for key in limits:
+                self._failures.put(key, (self._failures.get(key) or 0) + 1, FAILURE_INTERVAL)
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+        self._verified.put(proof, True, PASSWORD_LIFETIME)
+        return name
+
+    def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
+        """A token for as much of what is requested as the user may do, as the token endpoint answers it.
+
+        It is a JSON Web Token, signed with HMAC-SHA256.
+        """
+        now = int(time.time())
+        granted = [scope for scope in requested if self.permits(user, scope)]
+        claims = {
+            "iss": self.service, "aud": self.service, "sub": user, "iat": now, "exp": now + TOKEN_LIFETIME,
+            "access": granted,
+        }  # fmt: skip
+        content = f"{_encode_part({'typ': 'JWT', 'alg': 'HS256'})}.{_encode_part(claims)}"
+        token = f"{content}.{self._sign(content)}"
+        issued = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        return {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}
+
+    def _check_token(self, token: str) -> Caller:
+        """Whose token this is, and for what. Raises UNAUTHORIZED."""
+        content, _, signature = token.rpartition(".")
+        if not hmac.compare_digest(signature.encode(), self._sign(content).encode()):
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
+        claims = json.loads(_unbase64_url(content.partition(".")[2]))
+        if claims["aud"] != self.service or claims["exp"] <= time.time():
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
+        return Caller(claims["sub"], frozenset(Scope(*scope) for scope in claims["access"]))
+
+    def _sign(self, content: str) -> str:
+        signature = hmac.digest(self._key, content.encode("utf-8", "surrogateescape"), "sha256")
+        return base64.urlsafe_b64encode(signature).decode("ascii").rstrip("=")
+
+
+def _encode_part(value: object) -> str:
+    return base64.urlsafe_b64encode(encode_json(value)).decode("ascii").rstrip("=")
+
+
+def _unbase64_url(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _parse_basic(credentials: str) -> tuple[str, str]:
+    """User name and password (RFC 7617). Raises UNAUTHORIZED."""
+    try:
+        name, colon, password = _unbase64(credentials.rstrip("=")).decode("utf-8").partition(":")
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials")
+    return name, password
+
+
+def parse_scope(text: str) -> list[Scope]:
+    """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
+    kind, _, rest = text.partition(":")
+    name, _, actions = rest.rpartition(":")
+    if kind == "repository":
+        actions = actions.replace("*", "pull,push,delete")
+    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",") if action]
+
+
+def load_key(path: str, *, create: bool) -> bytes:
+    """The key that signs tokens, made if there is none: tokens outlive a restart."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(path).read_bytes()
+    if not create:
+        return b""
+    replace_file(f"{path}.{secrets.token_hex(8)}", path, secrets.token_bytes(32), exclusive=True)
+    return Path(path).read_bytes()
+
+
+def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool = False) -> None:
+    """Write a private file in one step, durably; exclusive: unless there is one already."""
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        if exclusive:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+class TLS:
+    """Certificates, read again when they change."""
+
+    def __init__(self, certificate: str, key: str | None = None, client_ca: str | None = None) -> None:
+        """Paths of PEM files. Raises StartupError."""
+        self._certificate, self._key, self._client_ca = certificate, key, client_ca
+        paths = [path for path in (certificate, key, client_ca) if path]
+        self._context = WatchedFiles(paths, self._load)
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._certificate, self._key)
+        if self._client_ca:
+            context.load_verify_locations(self._client_ca)
+            context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
+        """A connection that speaks TLS once the handshake is done. Takes the socket over."""
+        return self._context.get().wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+        )
+
+
+def certified_user(connection: socket.socket) -> str | None:
+    """The common name of the client's certificate, if it showed one that is trusted."""
+    certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
+    subject: Any = (certificate or {}).get("subject", ())
+    return next((value for part in subject for name, value in part if name == "commonName"), None)
 
 
 # === Messages =========================================================================================
+
+
+def is_tls(connection: socket.socket) -> bool:
+    """Whether what goes over a connection is encrypted on the way."""
+    return ssl is not None and isinstance(connection, ssl.SSLSocket)
 
 
 class FileRange(NamedTuple):
@@ -1072,7 +2030,7 @@ def set_timeout(connection: socket.socket, direction: str, seconds: float) -> No
 
     In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
     """
-    if os.name == "posix" and connection.gettimeout() is None:
+    if os.name == "posix" and not is_tls(connection):
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
@@ -1158,9 +2116,9 @@ class Wire:
             raise ClientGone
         return count
 
-    def send(self, data: bytes, *, more: bool = False) -> None:
+    def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
-        flags = getattr(socket, "MSG_MORE", 0) if more else 0
+        flags = getattr(socket, "MSG_MORE", 0) if more and not is_tls(self.socket) else 0
         try:
             for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
                 self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
@@ -1170,9 +2128,10 @@ class Wire:
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
         start, stop = part.start, part.start + part.length
+        if is_tls(self.socket) or not hasattr(os, "sendfile"):
+            self._copy_file(part)
+            return
         try:
-            if not hasattr(os, "sendfile"):
-                start += self.socket.sendfile(part.file, start, part.length)
             while start < stop:
                 sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, stop - start)
                 if not sent:
@@ -1180,6 +2139,16 @@ class Wire:
                 start += sent
         except OSError as error:
             raise ClientGone from error
+
+    def _copy_file(self, part: FileRange) -> None:
+        part.file.seek(part.start)
+        left, buffer = part.length, memoryview(bytearray(min(COPY_SIZE, part.length)))
+        while left:
+            count = part.file.readinto(buffer[:left])  # type: ignore[attr-defined]
+            if not count:
+                raise ClientGone("the file is shorter than it was")
+            self.send(buffer[:count])
+            left -= count
 
     def wait_at_most(self, seconds: float) -> None:
         """Bound the next receives, sparing the system call when the bound is that already."""
@@ -1362,12 +2331,24 @@ class Body:
         return self.done
 
 
+class Site(NamedTuple):
+    """What requests are served from."""
+
+    store: Store
+    access: Access
+    public_url: str | None = None  # how clients reach it, if they do not say
+    secure: bool = False  # whether it speaks TLS itself
+
+
 class Request:
     """One request as the handlers see it."""
 
-    def __init__(self, store: Store, wire: Wire) -> None:
-        """A request of which nothing is known yet."""
-        self.store = store
+    def __init__(self, site: Site, wire: Wire, address: str, certified: str | None = None) -> None:
+        """A request of which nothing is known yet but the client's address and certificate."""
+        self.site = site
+        self.store = site.store
+        self.address, self.certified = address, certified
+        self.caller = Caller(None)
         self._wire = wire
         self.method = self.target = "-"
         self.path = self._query = ""
@@ -1389,12 +2370,31 @@ class Request:
 
     def parameters(self, name: str) -> list[str]:
         """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
-        pairs = (pair.partition("=") for pair in self._query.split("&")) if self._query else ()
-        return [decode_percent(value) for key, _, value in pairs if decode_percent(key) == name]
+        return parse_parameters(self._query, name) if self._query else []
 
     def parameter(self, name: str) -> str | None:
         """A parameter's first value, or None."""
         return next(iter(self.parameters(name)), None) if self._query else None
+
+    def may(self, action: str, repository: str) -> bool:
+        """Whether the caller may do something to a repository."""
+        return self.site.access.allows(self.caller, Scope("repository", repository, action))
+
+    def base_url(self) -> str:
+        """How the client reaches this registry, as far as it or a proxy says."""
+        if self.site.public_url:
+            return self.site.public_url.rstrip("/")
+        scheme = self.headers.get("x-forwarded-proto", "https" if self.site.secure else "http")
+        host = self.headers.get("x-forwarded-host", self.headers.get("host", ""))
+        if scheme not in ("http", "https") or not HOST.fullmatch(host):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "no usable Host")
+        return f"{scheme}://{host}"
+
+
+def parse_parameters(query: str, name: str) -> list[str]:
+    """Every value that a query or form gives a parameter."""
+    pairs = (pair.partition("=") for pair in query.split("&"))
+    return [decode_percent(value) for key, _, value in pairs if decode_percent(key) == name]
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -1520,7 +2520,8 @@ def blob_location(name: str, digest: str) -> Headers:
 
 def blob_get(request: Request, name: str, digest: str) -> Reply:
     """Pull a blob (end-2)."""
-    return content_reply(request, request.store.blob(name, parse_digest(digest)), ErrorCode.BLOB_UNKNOWN)
+    blob = request.store.blob(name, parse_digest(digest), lease=request.method == "HEAD")
+    return content_reply(request, blob, ErrorCode.BLOB_UNKNOWN)
 
 
 def blob_delete(request: Request, name: str, digest: str) -> Reply:
@@ -1554,7 +2555,10 @@ def mount_blob(request: Request, name: str, digest: str) -> bool:
     """Mount a blob from the repository that the query names, or from any."""
     source = request.parameter("from")
     sources = request.store.repositories_with(digest) if source is None else [source]
-    return any(request.store.mount(name, digest, candidate) for candidate in sources)
+    return any(
+        request.may("pull", candidate) and request.store.mount(name, digest, candidate)
+        for candidate in sources
+    )
 
 
 def upload_whole(request: Request, name: str, digest: str) -> Reply:
@@ -1569,8 +2573,7 @@ def receive(request: Request, upload: UploadFile) -> None:
     """Append the request's body, which its Content-Range must place exactly at the upload's end."""
     length = check_content_range(request, upload)
     start = upload.size
-    hint = BUFFER_SIZE if request.body.length is None else request.body.length
-    if upload.append(request.body.readinto, hint) != length is not None:
+    if length not in (None, upload.append(request.body.readinto, request.body.length)):
         upload.truncate(start)
         raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
 
@@ -1642,7 +2645,10 @@ def check_reference(reference: str, code: ErrorCode) -> str:
 def manifest_get(request: Request, name: str, reference: str) -> Reply:
     """Pull a manifest (end-3)."""
     reference = check_reference(reference, ErrorCode.MANIFEST_UNKNOWN)
-    return content_reply(request, request.store.manifest(name, reference), ErrorCode.MANIFEST_UNKNOWN)
+    manifest = request.store.manifest(name, reference, lease=request.method == "HEAD")
+    if request.method == "GET":
+        request.store.note_pull(name, manifest.digest)
+    return content_reply(request, manifest, ErrorCode.MANIFEST_UNKNOWN)
 
 
 def manifest_put(request: Request, name: str, reference: str) -> Reply:
@@ -1698,8 +2704,21 @@ def tag_list(request: Request, name: str) -> Reply:
 
 
 def repository_list(request: Request) -> Reply:
-    """List repositories; not in the specification, and every client knows it."""
-    return listing_reply(request, {}, "repositories", request.store.repositories)
+    """List the repositories that the caller may pull; not in the specification, but widely used."""
+    return listing_reply(request, {}, "repositories", functools.partial(readable_repositories, request))
+
+
+def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
+    """Up to so many repositories after one that the caller may pull."""
+    permits, user = request.site.access.permits, request.caller.user
+    readable: list[str] = []
+    while len(readable) < limit:
+        names = request.store.repositories(last, limit)
+        readable += [name for name in names if permits(user, Scope("repository", name, "pull"))]
+        if len(names) < limit:
+            break
+        last = names[-1]
+    return readable[:limit]
 
 
 def referrer_list(request: Request, name: str, digest: str) -> Reply:
@@ -1732,32 +2751,98 @@ def referrer_page(referrers: list[Referrer]) -> list[dict[str, Any]]:
     return page
 
 
+def token_get(request: Request) -> Reply:
+    """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
+    require_access(request)
+    caller = identify(request, 'Basic realm="registry"')
+    return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
+
+
+def token_post(request: Request) -> Reply:
+    """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
+    require_access(request)
+    try:
+        form = request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii").replace("+", "%20")
+    except UnicodeDecodeError:
+        raise RegistryError(ErrorCode.BAD_REQUEST, "the form is not ASCII") from None
+    values = {
+        name: next(iter(parse_parameters(form, name)), "")
+        for name in ("grant_type", "username", "password", "service")
+    }
+    if values["grant_type"] != "password":
+        raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
+    try:
+        user = request.site.access.log_in(values["username"], values["password"], request.address)
+    except RegistryError as error:
+        raise with_challenge(error, 'Basic realm="registry"') from None
+    return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
+
+
+def require_access(request: Request) -> None:
+    """Where everybody may do everything there are no tokens. Raises ROUTE_UNKNOWN."""
+    if not request.site.access.enabled:
+        raise RegistryError(ErrorCode.ROUTE_UNKNOWN)
+
+
+def token_reply(request: Request, user: str | None, scopes: list[str], service: str | None) -> Reply:
+    """A token. Raises UNAUTHORIZED where only users may do anything, UNSUPPORTED for another service."""
+    access = request.site.access
+    if service and service != access.service:
+        raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
+    if user is None and not access.admits_anonymous():
+        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), 'Basic realm="registry"')
+    requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
+    return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
+
+
+def with_challenge(error: RegistryError, challenge: str) -> RegistryError:
+    """An error that tells the client how to log in, if that is what it is about."""
+    if error.code is ErrorCode.UNAUTHORIZED:
+        error.headers = (("WWW-Authenticate", challenge),)
+    return error
+
+
+def identify(request: Request, challenge: str) -> Caller:
+    """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
+    authorization = request.headers.get("authorization", "")
+    try:
+        return request.site.access.identify(authorization, request.address, request.certified)
+    except RegistryError as error:
+        raise with_challenge(error, challenge) from None
+
+
 # === Routes ===========================================================================================
 
 
 class Route(NamedTuple):
-    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler."""
+    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler.
+
+    access: the action that the caller must be allowed, "login" for none in particular, "" for anybody.
+    """
 
     method: str
     path: str
     handler: Callable[..., Reply]
+    access: str
 
 
 ROUTES = (
-    Route("GET", "/v2/", version_get),
-    Route("GET", "/v2/_catalog", repository_list),
-    Route("GET", "/v2/<name>/tags/list", tag_list),
-    Route("GET", "/v2/<name>/manifests/<reference>", manifest_get),
-    Route("PUT", "/v2/<name>/manifests/<reference>", manifest_put),
-    Route("DELETE", "/v2/<name>/manifests/<reference>", manifest_delete),
-    Route("GET", "/v2/<name>/referrers/<digest>", referrer_list),
-    Route("POST", "/v2/<name>/blobs/uploads/", upload_start),
-    Route("GET", "/v2/<name>/blobs/uploads/<session>", upload_status),
-    Route("PATCH", "/v2/<name>/blobs/uploads/<session>", upload_append),
-    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_finish),
-    Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel),
-    Route("GET", "/v2/<name>/blobs/<digest>", blob_get),
-    Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete),
+    Route("GET", "/v2/", version_get, "login"),
+    Route("GET", "/v2/_catalog", repository_list, "catalog"),
+    Route("GET", "/v2/<name>/tags/list", tag_list, "pull"),
+    Route("GET", "/v2/<name>/manifests/<reference>", manifest_get, "pull"),
+    Route("PUT", "/v2/<name>/manifests/<reference>", manifest_put, "push"),
+    Route("DELETE", "/v2/<name>/manifests/<reference>", manifest_delete, "delete"),
+    Route("GET", "/v2/<name>/referrers/<digest>", referrer_list, "pull"),
+    Route("POST", "/v2/<name>/blobs/uploads/", upload_start, "push"),
+    Route("GET", "/v2/<name>/blobs/uploads/<session>", upload_status, "push"),
+    Route("PATCH", "/v2/<name>/blobs/uploads/<session>", upload_append, "push"),
+    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_finish, "push"),
+    Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel, "push"),
+    Route("GET", "/v2/<name>/blobs/<digest>", blob_get, "pull"),
+    Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete, "delete"),
+    Route("GET", "/token", token_get, ""),
+    Route("POST", "/token", token_post, ""),
 )
 
 
@@ -1806,7 +2891,32 @@ def dispatch(request: Request) -> Reply:
     if "name" in arguments and not is_name(arguments["name"]):
         writes = request.method in ("POST", "PUT", "PATCH")
         raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
+    if request.store.read_only and route.access in ("push", "delete"):
+        raise RegistryError(ErrorCode.READ_ONLY, headers=(("Allow", "GET, HEAD"),))
+    if request.site.access.enabled and route.access:
+        authorize(request, route.access, arguments.get("name", ""))
     return route.handler(request, **arguments)
+
+
+def authorize(request: Request, action: str, name: str) -> None:
+    """Find out who makes a request, and whether they may.
+
+    Raises UNAUTHORIZED when other credentials, or a token with more in it, could help; else DENIED.
+    """
+    access = request.site.access
+    scope = CATALOG if action == "catalog" else Scope("repository", name, action)
+    wanted = (
+        "" if action == "login" else str(scope._replace(action="pull,push") if action == "push" else scope)
+    )
+    challenge = f'Bearer realm="{request.base_url()}/token",service="{access.service}"'
+    challenge += f',scope="{wanted}"' if wanted else ""
+    request.caller = caller = identify(request, challenge)
+    known = caller.user is not None or caller.scopes is not None
+    if known if action == "login" else access.allows(caller, scope):
+        return
+    if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
+        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), challenge)
+    raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
 
 
 def error_reply(error: Exception) -> Reply:
@@ -1818,8 +2928,7 @@ def error_reply(error: Exception) -> Reply:
 
 
 def _translate(error: Exception) -> RegistryError:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    if full or (isinstance(error, sqlite3.OperationalError) and "is full" in str(error)):
+    if is_out_of_space(error):
         return RegistryError(ErrorCode.STORAGE_FULL)
     traceback.print_exception(type(error), error, error.__traceback__)
     return RegistryError(ErrorCode.INTERNAL)
@@ -1864,25 +2973,41 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         """Called by socketserver before handle."""
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.wire = Wire(self.request)
         self.idle = True
         self.server.opened(self)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def handle(self) -> None:
         """Called by socketserver; returns when the connection is to be closed."""
         with contextlib.suppress(ClientGone):
+            self._shake_hands()
+            self.wire = Wire(self.request)
             while self._serve_one():
                 pass
 
+    def _shake_hands(self) -> None:
+        """Begin TLS, if that is spoken here: in this thread, so that only it waits for a silent client."""
+        self.certified = None
+        if self.server.tls is None:
+            return
+        try:
+            self.request = self.server.tls.wrap(self.request)
+            self.request.settimeout(HEADER_TIMEOUT)
+            self.request.do_handshake()
+        except (OSError, ValueError) as error:
+            raise ClientGone from error
+        self.certified = certified_user(self.request)
+
     def finish(self) -> None:
         """Called by socketserver after handle, also when that failed."""
+        if is_tls(self.request):  # it took the socket over that socketserver is going to close
+            self.request.close()
         self.server.closed(self)
 
     def hang_up(self) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
         with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not TLS's own, which is for its thread
 
     def _serve_one(self) -> bool:
         """Serve one request; whether another may follow on this connection."""
@@ -1890,7 +3015,8 @@ class Connection(socketserver.BaseRequestHandler):
         if not data:
             return False
         self.idle, started = False, time.perf_counter()
-        request, reply = Request(self.server.store, self.wire), Reply(CLIENT_GONE)
+        request = Request(self.server.site, self.wire, self.client_address[0], self.certified)
+        reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
             keep = request.persistent and not self.server.stopping and request.body.drain()
@@ -1929,7 +3055,7 @@ class Connection(socketserver.BaseRequestHandler):
         deadline = time.monotonic() + LINGER_TIMEOUT
         buffer = bytearray(RECEIVE_SIZE)
         with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
                 self.wire.wait_at_most(left)
                 if not self.request.recv_into(buffer):
@@ -1955,14 +3081,22 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
 
     def __init__(
-        self, address: tuple[str, int], store: Store, log: Callable[[str], None] | None = None
+        self,
+        address: tuple[str, int],
+        site: Site,
+        *,
+        tls: TLS | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         """Bind and listen. log takes one access-log line for each request. Raises OSError."""
-        self.store = store
+        self.site = site
+        self.tls = tls
         self.log = log
+        self._max_connections = max_connections
         self.stopping = False
-        self._connections: dict[Connection, threading.Thread] = {}
-        self._idle = threading.Condition()  # notified when a connection closes
+        self._connections: dict[Connection, None] = {}  # in the order in which they were opened
+        self._serving: set[threading.Thread] = set()
         self._waker, self._wakee = socket.socketpair()
         family, _, _, _, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         self.address_family = family
@@ -2014,7 +3148,7 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-        if len(self._connections) < MAX_CONNECTIONS:
+        if len(self._connections) < self._max_connections:
             return True
         for connection in list(self._connections):
             if connection.idle:
@@ -2025,15 +3159,26 @@ class Server(ThreadingHTTPServer):
             request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
         return False
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a connection's thread, known before it runs, so that finish_requests misses none."""
+        thread = threading.Thread(
+            target=self.process_request_thread, args=(request, client_address), daemon=True
+        )
+        self._serving.add(thread)
+        thread.start()
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection."""
+        super().process_request_thread(request, client_address)
+        self._serving.discard(threading.current_thread())
+
     def opened(self, connection: Connection) -> None:
         """A connection's thread has begun."""
-        self._connections[connection] = threading.current_thread()
+        self._connections[connection] = None
 
     def closed(self, connection: Connection) -> None:
         """A connection's thread is about to end."""
-        with self._idle:
-            self._connections.pop(connection, None)
-            self._idle.notify_all()
+        self._connections.pop(connection, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no reply could be made of: log it, and go on serving."""
@@ -2048,15 +3193,22 @@ class Server(ThreadingHTTPServer):
     def finish_requests(self, timeout: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
         deadline = time.monotonic() + timeout
-        with self._idle:
-            while self._connections and (left := deadline - time.monotonic()) > 0:
-                for connection in list(self._connections):
-                    if connection.idle:
-                        connection.hang_up()
-                self._idle.wait(min(left, 0.05))
-        for connection, thread in list(self._connections.items()):
-            connection.hang_up()
-            thread.join(1.0)
+        while self._serving and time.monotonic() < deadline:
+            self._hang_up(lambda connection: connection.idle)
+            self._join(0.05)
+        self._hang_up(lambda connection: True)
+        self._join(1.0)
+
+    def _hang_up(self, condition: Callable[[Connection], bool]) -> None:
+        for connection in list(self._connections):
+            if condition(connection):
+                connection.hang_up()
+
+    def _join(self, timeout: float) -> None:
+        """Wait until all connections' threads have ended, or for so many seconds."""
+        deadline = time.monotonic() + timeout
+        for thread in list(self._serving):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
         """Free the port."""
@@ -2068,6 +3220,25 @@ class Server(ThreadingHTTPServer):
 # === Embedding ========================================================================================
 
 
+def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
+    """A store, or a StartupError that says why there is none; takes what Store takes."""
+    try:
+        return Store(data, **options)
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(
+            f"cannot use {os.fspath(data)} as data directory: {reason}; name one that you can write to"
+        ) from error
+
+
+def summarize(removals: Sequence[Removal], verb: str) -> str:
+    """One line on what garbage collection did."""
+    blobs = sum(removal.kind == "blob" for removal in removals)
+    freed = sum(removal.size for removal in removals)
+    return f"{verb} {len(removals) - blobs} manifests and {blobs} blobs, {freed} bytes"
+
+
+@dataclasses.dataclass
 class Registry:
     """A registry in this process.
 
@@ -2077,25 +3248,27 @@ class Registry:
     Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
     """
 
-    def __init__(
-        self,
-        data: str | os.PathLike[str] | None = None,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        sparse: bool = False,
-        sync: bool | None = None,
-        log: Callable[[str], None] | None = None,
-    ) -> None:
-        """port: 0 for a free one. sync: whether acknowledged means durable; by default, if data is given.
+    data: str | os.PathLike[str] | None = None
+    listen: str = "127.0.0.1"  # an address or a name of this machine
+    port: int = 0  # 0: a free one
+    sparse: bool = False  # accept manifests whose layers or children are absent
+    sync: bool | None = None  # whether acknowledged means durable; by default, if data is given
+    read_only: bool = False
+    limits: Limits | None = None
+    policy: Policy | None = None  # what garbage collection removes
+    gc_interval: float = 0  # seconds between collections; 0: never
+    users: str | None = None  # the path of an htpasswd file
+    grants: str | None = None  # the path of a file that says what they may do
+    anonymous_pull: bool = False
+    public_url: str | None = None  # how clients reach it, if they do not say
+    tls_cert: str | None = None  # paths of PEM files
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    max_connections: int = MAX_CONNECTIONS
+    log: Callable[[str], None] | None = None  # takes one line for each request
 
-        log takes one line for each request.
-        """
-        self._data = data
-        self._address = host, port
-        self._sparse = sparse
-        self._sync = data is not None if sync is None else sync
-        self._log = log
+    def __post_init__(self) -> None:
+        self._patience = 0.0
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Registry:
@@ -2120,43 +3293,76 @@ class Registry:
             resources.callback(self.store.close)
             self.server = self._open_server()
             resources.callback(self.server.server_close)
-            self.store.expire_uploads()
-            stop = threading.Event()
-            housekeeper = threading.Thread(target=self._keep_house, args=(stop,), daemon=True)
-            housekeeper.start()
-            resources.callback(housekeeper.join)
-            resources.callback(stop.set)
+            resources.callback(lambda: self.server.finish_requests(self._patience))
+            if not self.read_only:
+                self.store.expire_uploads()
+                self.store.remove_doomed()
+                self._start_housekeeping(resources)
             self._resources = resources.pop_all()
 
     def _open_store(self, resources: contextlib.ExitStack) -> Store:
-        data = self._data
+        data, durable = self.data, self.sync
         if data is None:
             data = tempfile.mkdtemp(prefix="registry-")
             resources.callback(shutil.rmtree, data, ignore_errors=True)
-        try:
-            return Store(data, sparse=self._sparse, durable=self._sync)
-        except (OSError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise StartupError(
-                f"cannot use {os.fspath(data)} as data directory: {reason}; name one that you can write to"
-            ) from error
+        if durable is None:
+            durable = self.data is not None
+        return open_store(
+            data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
+        )
 
     def _open_server(self) -> Server:
-        host, port = self._address
+        tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
+        site = Site(self.store, self._open_access(), self.public_url, secure=tls is not None)
+        address = self.listen, self.port
         try:
-            return Server(self._address, self.store, self._log)
+            return Server(address, site, tls=tls, max_connections=self.max_connections, log=self.log)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
-                f"cannot listen on {host} port {port}: {reason}; choose another with --host or --port"
+                f"cannot listen on {self.listen} port {self.port}: {reason}; choose another --host or --port"
             ) from error
 
+    def _open_access(self) -> Access:
+        certificates = self.tls_client_ca is not None
+        key = b""
+        if self.users or certificates:
+            key = load_key(os.path.join(self.store.files.root, "token.key"), create=not self.read_only)
+        return Access(
+            self.users, self.grants, anonymous_pull=self.anonymous_pull, certificates=certificates, key=key
+        )
+
+    def _start_housekeeping(self, resources: contextlib.ExitStack) -> None:
+        stop = threading.Event()
+        housekeeper = threading.Thread(target=self._keep_house, args=(stop,), daemon=True)
+        housekeeper.start()
+        resources.callback(housekeeper.join)
+        resources.callback(stop.set)
+
     def _keep_house(self, stop: threading.Event) -> None:
-        while not stop.wait(HOUSEKEEPING_INTERVAL):
+        """Do what comes round, each job at its interval, until told to stop."""
+        jobs: list[tuple[float, Callable[[], object]]] = [
+            (FLUSH_INTERVAL, self.store.flush_pulls),
+            (FLUSH_INTERVAL, self.store.files.keep_reserve),
+            (EXPIRY_INTERVAL, self.store.expire_uploads),
+        ]
+        if self.gc_interval:
+            jobs.append((self.gc_interval, self._collect_garbage))
+        due = [time.monotonic() + interval for interval, _ in jobs]
+        while not stop.wait(max(0.0, min(due) - time.monotonic())):
+            number = due.index(min(due))
+            interval, job = jobs[number]
             try:
-                self.store.expire_uploads()
-            except (OSError, sqlite3.Error):
+                job()
+            except (OSError, sqlite3.Error):  # the disk may be full; it need not stay so
                 traceback.print_exc()
+            due[number] = time.monotonic() + interval
+
+    def _collect_garbage(self) -> None:
+        removals: list[Removal] = []
+        Collector(self.store, self.policy or Policy(), removals.append).run()
+        if removals and self.log:
+            self.log(summarize(removals, "gc removed"))
 
     def serve(self) -> None:
         """Accept connections until stop; after open."""
@@ -2164,8 +3370,8 @@ class Registry:
 
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
+        self._patience = timeout
         self.server.stop_accepting()
-        self.server.finish_requests(timeout)
         self._resources.close()
 
     @property
@@ -2177,7 +3383,7 @@ class Registry:
     @property
     def url(self) -> str:
         """Where the registry answers: http://127.0.0.1:5000."""
-        return f"http://{self.host}"
+        return f"{'https' if self.tls_cert else 'http'}://{self.host}"
 
 
 # === Command line =====================================================================================
@@ -2192,19 +3398,33 @@ def write_log(line: str) -> None:
 def command_serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     raise_descriptor_limit()
+    names = {field.name for field in dataclasses.fields(Registry)} & set(vars(options))
     registry = Registry(
-        options.data,
-        host=options.host,
-        port=options.port,
-        sparse=options.sparse,
+        **{name: getattr(options, name) for name in names},
         sync=not options.no_sync,
+        limits=Limits(options.max_blob_size, options.min_free),
+        policy=policy_of(options),
         log=None if options.quiet else write_log,
     )
     registry.open()
     stop_on_signals(registry.server)
+    for warning in exposure_warnings(options):
+        print(f"registry.py: warning: {warning}", file=sys.stderr, flush=True)
     print(f"Serving {options.data} at {registry.url}", flush=True)
     registry.serve()
     registry.close(STOP_TIMEOUT)
+
+
+def exposure_warnings(options: argparse.Namespace) -> list[str]:
+    """What somebody on the network could do to a registry that listens beyond this machine."""
+    if options.listen in ("localhost", "::1") or options.listen.startswith("127."):
+        return []
+    warnings = []
+    if not (options.users or options.tls_client_ca or options.read_only):
+        warnings.append("anybody who reaches this port can push, overwrite and delete images; see --users")
+    if not options.tls_cert:
+        warnings.append("passwords and images can be read and changed on their way; see --tls-cert")
+    return warnings
 
 
 def raise_descriptor_limit() -> None:
@@ -2228,6 +3448,129 @@ def stop_on_signals(server: Server) -> None:
     signal.signal(signal.SIGINT, stop)
 
 
+class Progress:
+    """How far a long job has come: a line on standard error, written over and over if that is a terminal."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._unit = total, unit
+        self._done, self._started, self._shown = 0, time.monotonic(), 0.0
+        self._lock = threading.Lock()
+        self._visible = sys.stderr.isatty()
+
+    def advance(self, amount: int) -> None:
+        """So much more is done."""
+        with self._lock:
+            self._done += amount
+            now = time.monotonic()
+            if self._visible and now - self._shown > 0.1:
+                self._shown = now
+                self._show(now)
+
+    def _show(self, now: float) -> None:
+        part = min(self._done / self._total, 1.0) if self._total else 1.0
+        rate = self._done / max(now - self._started, 1e-3)
+        bar = ("#" * int(part * 30)).ljust(30, ".")
+        done, rate_text = format_count(self._done, self._unit), format_count(int(rate), self._unit)
+        sys.stderr.write(f"\r[{bar}] {part:4.0%}  {done}  {rate_text}/s \x1b[K")
+        sys.stderr.flush()
+
+    def finish(self) -> None:
+        """Make room for other output."""
+        if self._visible:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def format_count(count: int, unit: str) -> str:
+    """A number for people: bytes in binary multiples, other things as they are."""
+    if unit != "B":
+        return f"{count} {unit}"
+    value, prefixes = float(count), iter(("", "Ki", "Mi", "Gi", "Ti", "Pi"))
+    prefix = next(prefixes)
+    while value >= 1024 and prefix != "Pi":
+        value, prefix = value / 1024, next(prefixes)
+    return f"{value:.{1 if prefix else 0}f} {prefix}B"
+
+
+def command_gc(options: argparse.Namespace) -> None:
+    """Remove what nothing needs any more, beside a running registry or without one."""
+    with contextlib.closing(open_existing_store(options.data)) as store:
+        removals: list[Removal] = []
+        progress = Progress(0, "removed")
+
+        def report(removal: Removal) -> None:
+            removals.append(removal)
+            progress.advance(1)
+
+        Collector(store, policy_of(options), report).run(dry_run=options.dry_run)
+        progress.finish()
+    for removal in removals:
+        print(f"{removal.kind} {removal.repository}@{removal.digest} {removal.size}")
+    print(summarize(removals, "would remove" if options.dry_run else "removed"))
+
+
+def command_verify(options: argparse.Namespace) -> int:
+    """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
+    with contextlib.closing(open_existing_store(options.data)) as store:
+        progress = Progress(0, "B")
+        verifier = Verifier(store, progress.advance)
+        progress = Progress(verifier.total(), "B")
+        verifier = Verifier(store, progress.advance)
+        found = 0
+        for finding in verifier.run(repair=options.repair):
+            progress.finish()
+            print(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}", flush=True)
+            found += 1
+        store.remove_doomed()
+        progress.finish()
+    print(f"{found} problems found" if found else "no problems found")
+    return 1 if found else 0
+
+
+def command_passwd(options: argparse.Namespace) -> None:
+    """Set a user's password, or remove the user."""
+    if ":" in options.name or not options.name.isprintable() or options.name.strip() != options.name:
+        raise StartupError("a user's name has no colon and no space around it")
+    try:
+        text = Path(options.users).read_text(encoding="utf-8") if os.path.exists(options.users) else ""
+        lines = text.splitlines()
+        kept = [line for line in lines if line.partition(":")[0].strip() != options.name]
+        if options.delete:
+            if len(kept) == len(lines):
+                raise StartupError(f"there is no {options.name} in {options.users}")
+        else:
+            kept.append(f"{options.name}:{hash_password(ask_password())}")
+        content = "".join(f"{line}\n" for line in kept).encode("utf-8")
+        replace_file(f"{options.users}.{secrets.token_hex(8)}", options.users, content)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot change {options.users}: {error}") from error
+
+
+def ask_password() -> str:
+    """A password: asked for twice on a terminal, else a line of standard input."""
+    if sys.stdin.isatty():
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") != password:
+            raise StartupError("the two are not the same; try again")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise StartupError("a password must not be empty")
+    return password
+
+
+def open_existing_store(data: str) -> Store:
+    """The store of a data directory that there is. Raises StartupError."""
+    if not os.path.exists(os.path.join(data, "registry.db")):
+        raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
+    return open_store(data)
+
+
+def policy_of(options: argparse.Namespace) -> Policy:
+    """The garbage collection that a command line asks for."""
+    return Policy(options.grace, options.untagged_after, options.keep_last, options.max_size)
+
+
 def parse_port(text: str) -> int:
     """A port number, 0 for a free one."""
     port = int(text)
@@ -2236,19 +3579,69 @@ def parse_port(text: str) -> int:
     return port
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: serving, and the other commands as subcommands beside it."""
-    parser = argparse.ArgumentParser(
-        prog="registry.py",
-        description="A container registry. Without a command, it serves.",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=command_serve)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+def parse_duration(text: str) -> float:
+    """Seconds, from a number with s, m, h or d behind it."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write one like 30s, 5m, 1h or 7d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def parse_grace(text: str) -> float:
+    """A duration that is long enough for a push to end."""
+    grace = parse_duration(text)
+    if grace < SHORTEST_GRACE:
+        raise argparse.ArgumentTypeError(
+            f"{text} is too short for a push; take {SHORTEST_GRACE:.0f}s or more"
+        )
+    return grace
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number with K, M, G or T behind it, each 1024 times the one before."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 64M or 50G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """The option that every command has."""
     parser.add_argument(
         "--data", default="./data", metavar="DIR", help="data directory (default: %(default)s)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """What gc removes, and what the daemon does every --gc-interval."""
+    parser.add_argument(
+        "--untagged-after", type=parse_duration, metavar="AGE",
+        help="remove manifests that have been without a tag for so long, such as 7d (default: never)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-last", type=int, default=0, metavar="N",
+        help="but keep the newest N untagged manifests of each repository (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grace", type=parse_grace, default=GRACE, metavar="AGE",
+        help="leave alone what a client pushed or asked for so recently (default: 1h)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-size", type=parse_size, metavar="SIZE",
+        help="remove the least recently pulled images while the store is larger (default: any size)",
+    )  # fmt: skip
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """What the daemon takes."""
+    add_data_option(parser)
+    parser.add_argument(
+        "--host",
+        dest="listen",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen on (default: %(default)s)",
+    )
     parser.add_argument(
         "--port",
         type=parse_port,
@@ -2263,7 +3656,74 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not wait for the disk: faster, and a power cut may lose or damage what was pushed",
     )
+    parser.add_argument(
+        "--max-blob-size", type=parse_size, metavar="SIZE", help="refuse larger blobs (default: any size)"
+    )
+    parser.add_argument(
+        "--min-free", type=parse_size, default=MIN_FREE, metavar="SIZE",
+        help="refuse pushes that would leave less of the disk free (default: 64M)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gc-interval", type=parse_duration, default=3600.0, metavar="AGE",
+        help="collect garbage so often, 0 for never (default: 1h)",
+    )  # fmt: skip
+    add_policy_options(parser)
+    add_access_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no access log on standard error")
+
+
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Who is let in."""
+    for flag, metavar, text in (
+        ("--users", "FILE", "let only the users of this htpasswd file in; see the command passwd"),
+        ("--grants", "FILE", "what they may do: lines of who, repositories, actions"),
+        ("--public-url", "URL", "how clients reach this registry, if a proxy does not say"),
+        ("--tls-cert", "FILE", "serve HTTPS with this certificate chain (PEM)"),
+        ("--tls-key", "FILE", "its private key, if that is in another file"),
+        (
+            "--tls-client-ca",
+            "FILE",
+            "let clients in whose certificate this CA has signed; its name is the user",
+        ),
+    ):
+        parser.add_argument(flag, metavar=metavar, help=text)
+    parser.add_argument("--anonymous-pull", action="store_true", help="let everybody pull")
+    parser.add_argument(
+        "--read-only", action="store_true", help="serve pulls only; the disk may be read-only"
+    )
+    parser.add_argument(
+        "--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
+        help="serve so many clients at once (default: %(default)s)",
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: serving, and the other commands as subcommands beside it."""
+    parser = argparse.ArgumentParser(
+        prog="registry.py",
+        description="A container registry. Without a command, it serves.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=command_serve)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add_serve_options(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    gc = commands.add_parser("gc", help="remove what nothing needs any more", allow_abbrev=False)
+    gc.set_defaults(command=command_gc)
+    add_data_option(gc)
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    add_policy_options(gc)
+    verify = commands.add_parser("verify", help="check every file and row", allow_abbrev=False)
+    verify.set_defaults(command=command_verify)
+    add_data_option(verify)
+    verify.add_argument(
+        "--repair", action="store_true", help="move damaged files aside so that clients push them again"
+    )
+    passwd = commands.add_parser("passwd", help="set a user's password", allow_abbrev=False)
+    passwd.set_defaults(command=command_passwd)
+    passwd.add_argument("name", metavar="NAME")
+    passwd.add_argument("--users", required=True, metavar="FILE", help="the htpasswd file, made if missing")
+    passwd.add_argument("--delete", action="store_true", help="remove the user instead")
     return parser
 
 
@@ -2271,11 +3731,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except StartupError as error:
         print(f"registry.py: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

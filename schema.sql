@@ -5,7 +5,7 @@
 -- Every statement may be run again on a database that has it already.
 
 CREATE TABLE IF NOT EXISTS repositories (
-    id   INTEGER PRIMARY KEY,
+    id   INTEGER PRIMARY KEY AUTOINCREMENT, -- never given again: who comes late hits nobody else
     name TEXT NOT NULL UNIQUE
 );
 
@@ -16,15 +16,43 @@ CREATE TABLE IF NOT EXISTS blobs (
     size   INTEGER NOT NULL CHECK (size >= 0)
 ) WITHOUT ROWID;
 
+-- Files whose rows are gone and that are to be removed: remembered, so that a
+-- crash in between leaves nothing behind.
+CREATE TABLE IF NOT EXISTS doomed (
+    digest TEXT PRIMARY KEY NOT NULL
+) WITHOUT ROWID;
+
+CREATE TRIGGER IF NOT EXISTS blob_dropped AFTER DELETE ON blobs BEGIN
+    INSERT INTO doomed (digest) VALUES (OLD.digest);
+END;
+
+CREATE TRIGGER IF NOT EXISTS blob_stored AFTER INSERT ON blobs BEGIN
+    DELETE FROM doomed WHERE digest = NEW.digest;
+END;
+
 -- The links: a repository serves the blobs it is linked to and no others.
+-- Times are seconds since the epoch.
 CREATE TABLE IF NOT EXISTS repository_blobs (
     repository_id INTEGER NOT NULL REFERENCES repositories (id),
     digest        TEXT NOT NULL REFERENCES blobs (digest),
+    told_at       INTEGER NOT NULL, -- when a client last pushed it, was told that it is here, or untagged it
     needed_by     INTEGER NOT NULL DEFAULT 0, -- manifests of the repository that reference it
     PRIMARY KEY (repository_id, digest)
 ) WITHOUT ROWID;
 
 CREATE INDEX IF NOT EXISTS repository_blobs_by_digest ON repository_blobs (digest);
+
+-- What garbage collection looks at: so its cost follows the garbage, not the store.
+CREATE INDEX IF NOT EXISTS repository_blobs_unneeded
+    ON repository_blobs (told_at) WHERE needed_by = 0;
+
+-- A blob goes with its last link, and a repository with its last blob.
+CREATE TRIGGER IF NOT EXISTS blob_unlinked AFTER DELETE ON repository_blobs BEGIN
+    DELETE FROM blobs WHERE digest = OLD.digest
+        AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE digest = OLD.digest);
+    DELETE FROM repositories WHERE id = OLD.repository_id
+        AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = OLD.repository_id);
+END;
 
 -- A manifest is a linked blob that was pushed as a manifest.
 CREATE TABLE IF NOT EXISTS manifests (
@@ -34,6 +62,8 @@ CREATE TABLE IF NOT EXISTS manifests (
     artifact_type TEXT,
     subject       TEXT,
     annotations   TEXT, -- a JSON object
+    pushed_at     INTEGER NOT NULL,
+    pulled_at     INTEGER NOT NULL, -- or pushed, if that was later
     PRIMARY KEY (repository_id, digest),
     FOREIGN KEY (repository_id, digest) REFERENCES repository_blobs ON DELETE CASCADE
 ) WITHOUT ROWID;
@@ -41,12 +71,13 @@ CREATE TABLE IF NOT EXISTS manifests (
 CREATE INDEX IF NOT EXISTS manifests_by_subject
     ON manifests (repository_id, subject, digest) WHERE subject IS NOT NULL;
 
--- What a manifest names: its config and layers, or an index's children. A child
--- need not be there (foreign layers, sparse indexes), so it is no foreign key.
+-- What a manifest needs: itself, and its config and layers or an index's
+-- children. A child need not be there, so it is no foreign key.
 CREATE TABLE IF NOT EXISTS manifest_references (
     repository_id INTEGER NOT NULL,
     manifest      TEXT NOT NULL,
     child         TEXT NOT NULL,
+    required      INTEGER NOT NULL, -- 0: it may be absent (foreign layers, sparse mirrors)
     PRIMARY KEY (repository_id, manifest, child),
     FOREIGN KEY (repository_id, manifest) REFERENCES manifests ON DELETE CASCADE
 ) WITHOUT ROWID;
@@ -81,6 +112,16 @@ CREATE TABLE IF NOT EXISTS tags (
 ) WITHOUT ROWID;
 
 CREATE INDEX IF NOT EXISTS tags_by_digest ON tags (repository_id, digest);
+
+CREATE TRIGGER IF NOT EXISTS tag_removed AFTER DELETE ON tags BEGIN
+    UPDATE repository_blobs SET told_at = CAST(strftime('%s', 'now') AS INTEGER)
+    WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
+END;
+
+CREATE TRIGGER IF NOT EXISTS tag_moved AFTER UPDATE OF digest ON tags WHEN NEW.digest <> OLD.digest BEGIN
+    UPDATE repository_blobs SET told_at = CAST(strftime('%s', 'now') AS INTEGER)
+    WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
+END;
 
 -- Upload sessions. Their bytes, and so their offset, are the file uploads/<id>.
 CREATE TABLE IF NOT EXISTS uploads (

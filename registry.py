@@ -52,6 +52,7 @@ import http
 import io
 import json
 import os
+import queue
 import re
 import secrets
 import selectors
@@ -113,7 +114,8 @@ TAG_PARAMETER_LIMIT = 50
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
-BUFFER_SIZE = 1 * MIB  # one upload's reused buffer
+BUFFER_SIZE = 1 * MIB  # each of an upload's two buffers
+FLUSH_SIZE = 8 * MIB  # after which the disk may begin to write an upload
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
 CACHE_SIZE = 8 * MIB
 
@@ -443,6 +445,76 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+class WriteBehind:
+    """Two buffers: while one is filled, the other is written in a thread of its own.
+
+    Hashing and writing on one core, receiving on another: all three let other threads run. The thread is
+    started when there is more than one buffer to write; what is in a buffer at the end, also after an
+    exception, is written on the way out.
+    """
+
+    def __init__(self, write: Callable[[memoryview], None], size: int) -> None:
+        """write is called with one buffer of this size after another, and once with what the last one has."""
+        self._write = write
+        self._size = size
+        self._buffer = memoryview(bytearray(size))
+        self._other: memoryview | None = None
+        self._filled = 0
+        self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def free(self) -> memoryview:
+        """The part of the buffer to fill next, never empty."""
+        return self._buffer[self._filled :]
+
+    def fill(self, count: int) -> None:
+        """So many bytes of it are filled. Raises what an earlier write raised."""
+        self._filled += count
+        if self._filled == self._size:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._other = memoryview(bytearray(self._size))
+            self._thread.start()
+        else:
+            self._wait()
+        self._full.put(self._buffer)
+        assert self._other is not None
+        self._buffer, self._other, self._filled = self._other, self._buffer, 0
+
+    def _run(self) -> None:
+        while (data := self._full.get()) is not None:
+            try:
+                self._write(data)
+                self._written.put(None)
+            except BaseException as error:
+                self._written.put(error)
+
+    def _wait(self) -> None:
+        error = self._written.get()
+        if error:
+            self._written.put(error)
+            raise error
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if self._thread:
+                self._wait()
+            if self._filled:
+                self._write(self._buffer[: self._filled])
+        finally:
+            if self._thread:
+                self._full.put(None)
+                self._thread.join()
+
+
 class UploadFile:
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
@@ -466,6 +538,7 @@ class UploadFile:
             raise
         self._hash = hashlib.new(algorithm)
         self._hashed = 0
+        self._flushed = self.size
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -486,21 +559,33 @@ class UploadFile:
         self._admit(self.size, expected or 0)
         self._catch_up()
         start = self.size
-        buffer = memoryview(
-            bytearray(BUFFER_SIZE if expected is None else max(1, min(expected, BUFFER_SIZE)))
-        )
-        while count := readinto(buffer):
-            self._admit(self.size, count)
-            self._write(buffer[:count])
+        size = BUFFER_SIZE if expected is None else min(expected + 1, BUFFER_SIZE)  # one more: never full
+        with WriteBehind(self._write, size) as behind:
+            while count := readinto(behind.free):
+                behind.fill(count)
         return self.size - start
 
     def _write(self, data: memoryview) -> None:
+        self._admit(self.size, len(data))
         self._hash.update(data)
         self._hashed += len(data)
         while data:
             written = self._file.write(data) or 0
             self.size += written
             data = data[written:]
+        if self.size - self._flushed >= FLUSH_SIZE:
+            self._start_flushing()
+
+    def _start_flushing(self) -> None:
+        """Have the system begin to write to the disk what sync would else wait for all at once.
+
+        That is what Linux does on this advice, which is about pages that are no longer dirty.
+        """
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(
+                self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED
+            )
+        self._flushed = self.size
 
     def _catch_up(self) -> None:
         """Hash what the file has and the running hash has not seen: an earlier process wrote it."""
@@ -597,12 +682,16 @@ class Files:
         The upload's own name stays until the upload is forgotten, so that a crash leaves a trace of both.
         A file that is there already is replaced by its equal, which mends a damaged one.
         """
-        target = self.path(digest)
+        target, created = self.path(digest), True
         try:
             os.link(upload.path, target)
-            created = True
-        except OSError:  # it exists, or this file system has no hard links
-            created = not os.path.lexists(target)
+        except FileExistsError:
+            created = False
+            os.link(upload.path, f"{upload.path}.new")
+            os.replace(f"{upload.path}.new", target)
+            with contextlib.suppress(FileNotFoundError):  # it stays if both were the same file already
+                os.unlink(f"{upload.path}.new")
+        except OSError:  # this file system has no hard links
             os.replace(upload.path, target)
         if self.durable:
             sync_directory(os.path.dirname(target))
@@ -705,6 +794,16 @@ class Referrer(NamedTuple):
     annotations: str  # a JSON object
 
 
+class Batch:
+    """Transactions that share one commit."""
+
+    def __init__(self, durable: bool) -> None:
+        self.durable = durable
+        self.parts = 0  # how many are complete
+        self.ended = False
+        self.error: BaseException | None = None  # why none of them counts
+
+
 class Store:
     """Repositories on disk: what clients push, and what they may pull.
 
@@ -736,7 +835,8 @@ class Store:
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._readers: list[sqlite3.Connection] = []  # idle connections; a stack, so that few stay warm
         self._write_lock = threading.Lock()
-        self._undo: list[Callable[[], None]] = []  # for a transaction that fails; guarded by the write lock
+        self._commit_lock = threading.Lock()
+        self._batch: Batch | None = None  # the transaction under way; guarded by the write lock
         self._synchronous = ""
         if not read_only:
             self.files.make_directories()
@@ -800,30 +900,81 @@ class Store:
             self._readers.append(connection)
 
     @contextlib.contextmanager
-    def transaction(
-        self, *, durable: bool = True, freeing: bool = False, dry_run: bool = False
-    ) -> Iterator[sqlite3.Connection]:
-        """SQLite's write lock, held against other threads and processes alike; commits on the way out.
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
-        durable: wait for the disk. freeing: it makes room, so it may use the reserve for that.
-        dry_run: undo everything instead of committing it.
+        Threads that come while another one's commit waits for the disk share the next one. durable: whether
+        this one is to wait for the disk.
         """
         with self._write_lock:
-            if freeing:
-                self.files.release_reserve()
+            batch = self._join_batch(durable)
+            self._writer.execute("SAVEPOINT part")
+            try:
+                yield self._writer
+                self._writer.execute("RELEASE part")
+                batch.parts += 1
+            except BaseException as error:
+                self._abandon_part(batch, error)
+                raise
+        with self._commit_lock:
+            if not batch.ended:
+                with self._write_lock:
+                    self._end_batch("COMMIT")
+        if batch.error:
+            raise type(batch.error)(*batch.error.args) from batch.error
+
+    @contextlib.contextmanager
+    def exclusive(self, *, durable: bool = True, dry_run: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction that nothing else is part of, for what removes things.
+
+        It may use the reserve, so that a full disk can be emptied. dry_run: undo it instead of committing it.
+        """
+        with self._write_lock:
+            self.files.release_reserve()
+            self._end_batch("COMMIT")
             self._set_synchronous(durable=durable)
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
                 self._writer.execute("ROLLBACK" if dry_run else "COMMIT")
             except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                for undo in self._undo:
-                    undo()
+                self._roll_back()
                 raise
-            finally:
-                self._undo.clear()
+
+    def _join_batch(self, durable: bool) -> Batch:
+        """The transaction that is under way, or a new one."""
+        if self._batch and durable and not self._batch.durable:
+            self._end_batch("COMMIT")
+        if self._batch is None:
+            self._set_synchronous(durable=durable)
+            self._writer.execute("BEGIN IMMEDIATE")
+            self._batch = Batch(durable)
+        return self._batch
+
+    def _abandon_part(self, batch: Batch, error: BaseException) -> None:
+        if not self._writer.in_transaction:  # for want of space, SQLite has undone the other parts too
+            self._batch, batch.ended, batch.error = None, True, error
+            return
+        self._writer.execute("ROLLBACK TO part")
+        self._writer.execute("RELEASE part")
+        if not batch.parts:
+            self._end_batch("ROLLBACK")
+
+    def _end_batch(self, how: str) -> None:
+        """Commit or roll back the transaction under way, if any; its threads find out what came of it."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        batch.ended = True
+        try:
+            self._writer.execute(how)
+        except sqlite3.Error as error:
+            batch.error = error
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
 
     def _set_synchronous(self, *, durable: bool) -> None:
         """Whether commits wait for the disk: FULL does, NORMAL leaves it to the next checkpoint."""
@@ -832,10 +983,25 @@ class Store:
             self._writer.execute(f"PRAGMA synchronous = {level}")
             self._synchronous = level
 
-    def _place(self, upload: UploadFile, digest: str) -> None:
-        """Within a transaction: put an upload's bytes under blobs/, for the time being."""
-        if self.files.place(upload, digest):
-            self._undo.append(functools.partial(self.files.remove, digest))
+    @contextlib.contextmanager
+    def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
+        """A transaction for the rows of a content that is on disk under its digest by then.
+
+        It is put there before, so that others need not wait for that; should it have been collected until
+        the transaction begins, that is done again. If the transaction fails, the file goes.
+        """
+        created = self.files.place(upload, digest)
+        try:
+            with self.transaction() as db:
+                if not os.path.exists(self.files.path(digest)):
+                    self.files.place(upload, digest)
+                yield db
+        except BaseException:
+            if created:
+                with self.exclusive(dry_run=True) as db:
+                    if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+                        self.files.remove(digest)
+            raise
 
     def _require_repository(self, name: str) -> int:
         """A repository's id. Raises NAME_UNKNOWN."""
@@ -919,7 +1085,7 @@ class Store:
 
         Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
         """
-        with self.transaction(freeing=True) as db:
+        with self.exclusive() as db:
             rows = db.execute(
                 "SELECT l.repository_id, l.needed_by FROM repositories r"
                 " JOIN repository_blobs l ON l.repository_id = r.id WHERE r.name = ? AND l.digest = ?",
@@ -959,7 +1125,7 @@ class Store:
             pass
 
     def _remove_some_doomed(self) -> int:
-        with self.transaction(durable=False, freeing=True) as db:
+        with self.exclusive(durable=False) as db:
             rows = db.execute("SELECT digest FROM doomed LIMIT ?", (BATCH,)).fetchall()
             for (digest,) in rows:
                 self._cache.forget(digest)
@@ -1083,14 +1249,14 @@ class Store:
         self._unplace(upload)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(upload.path)
-        with self.transaction(durable=False, freeing=True) as db:
+        with self.exclusive(durable=False) as db:
             db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
 
     def _unplace(self, upload: UploadFile) -> None:
         """Take back a name under blobs/ that a crash left before it was recorded."""
         if not upload.is_placed():
             return
-        with self.transaction(durable=False, freeing=True) as db:
+        with self.exclusive(durable=False) as db:
             for algorithm in ALGORITHMS:
                 db.execute(
                     "INSERT INTO doomed SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE digest = ?1)"
@@ -1105,8 +1271,7 @@ class Store:
         Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
         """
         self._seal(upload, digest)
-        with self.transaction() as db:
-            self._place(upload, digest)
+        with self._placed(upload, digest) as db:
             self._link(db, name, digest, upload.size)
             db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
         with contextlib.suppress(FileNotFoundError):
@@ -1131,7 +1296,7 @@ class Store:
         present = {entry.name for entry in self.files.uploads() if _needs_care(entry, sessions, oldest)}
         absent = [session for session in sessions if not os.path.exists(self.files.upload_path(session))]
         if absent:
-            with self.transaction(durable=False, freeing=True) as db:
+            with self.exclusive(durable=False) as db:
                 db.executemany("DELETE FROM uploads WHERE id = ?", [(session,) for session in absent])
         for session in present:
             with contextlib.suppress(RegistryError):  # it is being written to, or was finished just now
@@ -1211,9 +1376,8 @@ class Store:
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             self._seal(upload, digest)
-            with self.transaction() as db:
+            with self._placed(upload, digest) as db:
                 self._require_references(db, name, manifest)
-                self._place(upload, digest)
                 repository = self._link(db, name, digest, len(content))
                 self._record_manifest(db, repository, digest, manifest)
                 db.executemany(
@@ -1253,7 +1417,7 @@ class Store:
     def delete_tag(self, name: str, tag: str) -> None:
         """Remove a tag and nothing else. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
         repository = self._require_repository(name)
-        with self.transaction(freeing=True) as db:
+        with self.exclusive() as db:
             deleted = db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, tag))
             if not deleted.rowcount:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {tag}")
@@ -1261,7 +1425,7 @@ class Store:
     def delete_manifest(self, name: str, digest: str) -> None:
         """Remove a manifest and its tags. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED."""
         repository = self._require_repository(name)
-        with self.transaction(freeing=True) as db:
+        with self.exclusive() as db:
             rows = db.execute(
                 "SELECT l.needed_by FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
                 " WHERE m.repository_id = ? AND m.digest = ?",
@@ -1365,7 +1529,7 @@ class Collector:
         """Collect; in a dry run only report."""
         self._store.flush_pulls()
         if dry_run:
-            with self._store.transaction(dry_run=True) as self._dry:
+            with self._store.exclusive(dry_run=True) as self._dry:
                 self._collect()
             return
         self._store.remove_doomed()
@@ -1384,7 +1548,7 @@ class Collector:
         if self._dry:
             yield self._dry
             return
-        with self._store.transaction(freeing=True) as db:
+        with self._store.exclusive() as db:
             yield db
         self._store.remove_doomed()
 
@@ -1533,7 +1697,7 @@ class Verifier:
 
     def _confirm(self, digest: str, size: int, repair: bool) -> Iterator[Finding]:
         """Look again while nobody can push or delete: the content may have come or gone meanwhile."""
-        with self._store.transaction() as db:
+        with self._store.exclusive() as db:
             current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
             damage = self._check(current[0]) if current else ""
             if damage and repair:
@@ -1548,7 +1712,7 @@ class Verifier:
             if not is_digest(digest):
                 yield Finding("unreferenced", digest)
             elif not self._is_known(digest):
-                with self._store.transaction(durable=False):
+                with self._store.exclusive(dry_run=True):
                     known = self._is_known(digest) or not os.path.lexists(self._store.files.path(digest))
                 if not known:
                     yield Finding("unreferenced", digest)

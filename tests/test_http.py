@@ -101,6 +101,9 @@ class ChunkedTest(HTTPConnectionTestCase):
             b"5\r\nhello\n0\r\n\r\n",
             b"5\r\nhello0\r\n\r\n",
             b"5\r\nhelloXX0\r\n\r\n",
+            b"5\r\nhelloXX\r\n0\r\n\r\n",
+            b"5\r\nhello\n\r\n0\r\n\r\n",
+            b"5\r\nhello\r\n\r\n0\r\n\r\n",
             b"5\r\nhello\r\n0\n\r\n",
             b"5\r\nhello\r\n0\r\nno colon\r\n\r\n",
             b"5\r\nhello\r\n0\r\nbare: LF\n\r\n",
@@ -547,12 +550,13 @@ class KeepAliveTest(HTTPConnectionTestCase):
             self.assertEqual((response.status, response.json), (200, {}))
             self.assertTrue(connection.is_closed())
 
-    def test_small_replies_do_not_wait_for_acknowledgements(self) -> None:
+    def test_replies_do_not_wait_for_acknowledgements(self) -> None:
         digest = self.client.push_blob(HELLO)
         location = self.client.open_upload()
         paths = (
             ("GET", "/v2/"),
             ("GET", self.client.path(f"blobs/{digest}")),
+            ("GET", self.client.path(f"blobs/{self.client.push_blob(bytes(100_001))}")),
             ("GET", self.client.path("manifests/unheard-of")),
             ("GET", location),
         )

@@ -216,7 +216,7 @@ class FallbackTest(ReferrerTestCase):
 class PagingTest(ReferrerTestCase):
     """More referrers than fit on a page."""
 
-    COUNT = 1200
+    COUNT = 1104
     FEW = 300
 
     def push_many(self, numbers: range) -> dict[str, list[str]]:

@@ -337,6 +337,21 @@ class SessionTest(UploadTestCase):
         self.assert_blob(self.client, content)
         self.assert_nothing_unfinished()
 
+    def test_no_append_reaches_a_blob_that_was_finished(self) -> None:
+        for _ in range(15):
+            content = unique()
+            location = self.client.open_upload()
+            self.append(location, content)
+            finish = functools.partial(self.client.put, with_digest(location, digest_of(content)))
+            append = functools.partial(self.append, location, b"more")
+            finished, *appended = run_at_once(finish, *[append] * 4)
+            self.assertLessEqual({response.status for response in appended}, {202, 404, 416})
+            self.assert_status(finished, 201, 400, 416)
+            if finished.status == 201:
+                self.assert_blob(self.client, content)
+                self.assertEqual(self.data.files()[digest_of(content)], len(content))
+            self.client.delete(location)
+
     def test_sessions_with_one_content_finish_at_once(self) -> None:
         content = os.urandom(200_000)
         clients = [self.client] * 8 + [self.other] * 8
@@ -357,7 +372,9 @@ class SessionTest(UploadTestCase):
                 functools.partial(self.client.put, with_digest(location, digest_of(content))),
                 functools.partial(self.client.delete, location),
             )
-            self.assertIn((finished.status, cancelled.status), ((201, 404), (201, 416), (404, 204), (416, 204)))
+            self.assertIn(
+                (finished.status, cancelled.status), ((201, 404), (201, 416), (404, 204), (416, 204))
+            )
             expected = 200 if finished.status == 201 else 404
             self.assert_status(self.client.get(f"blobs/{digest_of(content)}"), expected)
         self.assert_nothing_unfinished()
@@ -463,9 +480,11 @@ class PatchTest(UploadTestCase):
             with self.subTest(content_range):
                 location = self.client.open_upload()
                 self.append(location, b"abcde")
-                self.assert_status(self.append(location, b"fghij", content_range), 400, 416)
-                self.assertEqual(self.received(location), "0-4")
-                self.finish(location, b"abcde")
+                for body in (b"fghij", iter([b"fg", b"hij"])):
+                    response = self.client.patch(location, body, {"Content-Range": content_range})
+                    self.assert_status(response, 400, 416)
+                    self.assertEqual(self.received(location), "0-4")
+                self.finish(location, b"abcdefghij", b"fghij")
 
     def test_a_piece_repeated_by_a_client_that_missed_the_reply_is_not_taken_twice(self) -> None:
         location = self.client.open_upload()
@@ -487,7 +506,7 @@ class PatchTest(UploadTestCase):
         location = self.client.open_upload()
         self.append(location, b"abc")
         for content_range in ("4-6", "2-4", "0-2"):
-            for digest in (digest_of(b"abcdef"), digest_of(b"other")):
+            for digest in (digest_of(b"abcdef"), digest_of(b"other"), "sha256:abc", ""):
                 with self.subTest(content_range, digest=digest):
                     headers = {"Content-Range": content_range}
                     response = self.client.put(with_digest(location, digest), b"def", headers)

@@ -11,6 +11,7 @@ The data directory:
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
     uploads/<session id>        the bytes of uploads under way
     registry.db                 SQLite: repositories, links, manifests, tags, upload sessions
+    generation                  changes with every commit, for the processes that share the directory
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
     token.key                   what tokens are signed with, where there are users
     corrupt/                    damaged files that verify --repair moved out of the way
@@ -51,6 +52,7 @@ import hmac
 import http
 import io
 import json
+import mmap
 import os
 import queue
 import re
@@ -70,7 +72,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
 try:
@@ -123,6 +125,7 @@ IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next req
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # without one byte of a body moving, either way
 LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
+RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
@@ -133,6 +136,7 @@ GRACE = 3600.0  # how long a client can rely on what it was told, by default
 SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
+LISTEN_BACKLOG = 1024
 TOKEN_LIFETIME = 300  # seconds
 PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
 FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
@@ -142,6 +146,8 @@ FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
 MIN_FREE = 64 * MIB  # of the disk, by default
+GENERATION_SIZE = 16
+LOOKUP_LIMIT, LOOKUP_ROWS, LOOKUP_LIFETIME = 4096, 200, 1.0  # queries remembered, rows of each, seconds
 BATCH = 100  # rows that maintenance changes under one write lock
 FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
 
@@ -794,6 +800,37 @@ class Referrer(NamedTuple):
     annotations: str  # a JSON object
 
 
+class Generation:
+    """A value that changes with every commit of any process on a data directory.
+
+    It is in a file that all of them map, so that looking at it costs next to nothing.
+    """
+
+    def __init__(self, path: str, *, read_only: bool) -> None:
+        self._map: mmap.mmap | None = None
+        if read_only and not os.path.exists(path):
+            return  # nothing changes, then, or nobody says so: lookups are kept for LOOKUP_LIFETIME
+        with open(path, "rb" if read_only else "ab+", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size < GENERATION_SIZE:
+                file.write(bytes(GENERATION_SIZE))
+            access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
+            self._map = mmap.mmap(file.fileno(), GENERATION_SIZE, access=access)
+
+    def get(self) -> bytes:
+        """The current value."""
+        return self._map[:] if self._map else b""
+
+    def change(self) -> None:
+        """Something was committed: after that, and before anybody is told."""
+        if self._map:
+            self._map[:] = secrets.token_bytes(GENERATION_SIZE)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        if self._map:
+            self._map.close()
+
+
 class Batch:
     """Transactions that share one commit."""
 
@@ -834,6 +871,7 @@ class Store:
         self._hashes: dict[str, tuple[Any, int]] = {}  # running hashes of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._readers: list[sqlite3.Connection] = []  # idle connections; a stack, so that few stay warm
+        self._lookups: dict[tuple[object, ...], tuple[bytes, float, list[Any]]] = {}
         self._write_lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self._batch: Batch | None = None  # the transaction under way; guarded by the write lock
@@ -844,9 +882,11 @@ class Store:
         self._writer = self._connect()
         try:
             self._prepare()
+            self._generation = Generation(f"{self.files.root}/generation", read_only=read_only)
         except BaseException:
             self._writer.close()
             raise
+        self._generation.change()  # a process that was killed may have owed this
 
     def _connect(self) -> sqlite3.Connection:
         """A connection. Where nothing can be written, not even SQLite's own locks, it needs none."""
@@ -885,6 +925,7 @@ class Store:
         self.flush_pulls()
         for connection in (*self._readers, self._writer):
             connection.close()
+        self._generation.close()
 
     # --- SQL
 
@@ -898,6 +939,20 @@ class Store:
             return connection.execute(sql, parameters).fetchall()
         finally:
             self._readers.append(connection)
+
+    def look_up(self, sql: str, *parameters: object) -> list[Any]:
+        """The rows of one query, remembered until something is committed by whatever process."""
+        key = (sql, *parameters)
+        generation, now = self._generation.get(), time.monotonic()
+        known = self._lookups.get(key)
+        if known and known[0] == generation and known[1] > now:
+            return known[2]
+        rows = self.read(sql, *parameters)
+        if len(self._lookups) >= LOOKUP_LIMIT:
+            self._lookups.clear()
+        if 0 < len(rows) <= LOOKUP_ROWS:
+            self._lookups[key] = generation, now + LOOKUP_LIFETIME, rows
+        return rows
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -937,6 +992,7 @@ class Store:
             try:
                 yield self._writer
                 self._writer.execute("ROLLBACK" if dry_run else "COMMIT")
+                self._generation.change()
             except BaseException:
                 self._roll_back()
                 raise
@@ -968,6 +1024,7 @@ class Store:
         batch.ended = True
         try:
             self._writer.execute(how)
+            self._generation.change()
         except sqlite3.Error as error:
             batch.error = error
             self._roll_back()
@@ -1005,7 +1062,7 @@ class Store:
 
     def _require_repository(self, name: str) -> int:
         """A repository's id. Raises NAME_UNKNOWN."""
-        rows = self.read("SELECT id FROM repositories WHERE name = ?", name)
+        rows = self.look_up("SELECT id FROM repositories WHERE name = ?", name)
         if not rows:
             raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
         return int(rows[0][0])
@@ -1069,7 +1126,7 @@ class Store:
 
         lease: garbage collection shall leave it alone for the grace period.
         """
-        rows = self.read(
+        rows = self.look_up(
             "SELECT b.size, l.repository_id, l.told_at FROM repositories r"
             " JOIN repository_blobs l ON l.repository_id = r.id JOIN blobs b ON b.digest = l.digest"
             " WHERE r.name = ? AND l.digest = ?",
@@ -1327,7 +1384,7 @@ class Store:
             source = "tags t JOIN manifests m ON m.repository_id = t.repository_id AND m.digest = t.digest"
             column = "t.name"
         alias = column[0]
-        rows = self.read(
+        rows = self.look_up(
             f"SELECT m.media_type, m.digest, b.size, l.repository_id, l.told_at FROM {source}"
             " JOIN blobs b ON b.digest = m.digest"
             " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
@@ -1444,12 +1501,12 @@ class Store:
         """Up to so many tags after one, in byte order. Raises NAME_UNKNOWN."""
         repository = self._require_repository(name)
         sql = "SELECT name FROM tags WHERE repository_id = ? AND name > ? ORDER BY name LIMIT ?"
-        return [tag for (tag,) in self.read(sql, repository, last, limit)]
+        return [tag for (tag,) in self.look_up(sql, repository, last, limit)]
 
     def repositories(self, last: str, limit: int) -> list[str]:
         """Up to so many repositories after one, in byte order."""
         sql = "SELECT name FROM repositories WHERE name > ? ORDER BY name LIMIT ?"
-        return [name for (name,) in self.read(sql, last, limit)]
+        return [name for (name,) in self.look_up(sql, last, limit)]
 
     def referrers(
         self, name: str, subject: str, artifact_type: str | None, last: str, limit: int
@@ -1458,7 +1515,7 @@ class Store:
 
         What clients without the referrers API listed in the index tagged <algorithm>-<hex> counts too.
         """
-        rows = self.read(
+        rows = self.look_up(
             "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?1), referrers (digest) AS ("
             " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?2"
             " UNION SELECT c.child FROM repository r"
@@ -3237,52 +3294,54 @@ class Connection(socketserver.BaseRequestHandler):
         )
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, IPv4 or IPv6 as the host demands. Raises OSError, OverflowError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((str(address[0]), int(address[1])), family=family, backlog=LISTEN_BACKLOG)
+    listener.setblocking(False)  # another worker may be quicker to accept what woke this one
+    return listener
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, each served by a Connection in a thread, until it is told to stop."""
 
-    daemon_threads = True
-    request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-
     def __init__(
         self,
-        address: tuple[str, int],
+        listener: socket.socket,
         site: Site,
         *,
         tls: TLS | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        lifeline: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        """Bind and listen. log takes one access-log line for each request. Raises OSError."""
+        """Takes over what listen gave.
+
+        lifeline: when its other end is closed, stop. log takes one access-log line for each request.
+        """
+        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.server_address = listener, listener.getsockname()
         self.site = site
         self.tls = tls
         self.log = log
         self._max_connections = max_connections
+        self._lifeline = lifeline
         self.stopping = False
         self._connections: dict[Connection, None] = {}  # in the order in which they were opened
         self._serving: set[threading.Thread] = set()
         self._waker, self._wakee = socket.socketpair()
-        family, _, _, _, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        self.address_family = family
-        try:
-            super().__init__((str(resolved[0]), int(resolved[1])), Connection)
-        except BaseException:
-            self._waker.close()
-            self._wakee.close()
-            raise
-        self.socket.setblocking(False)
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's reverse lookup of the name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until stop_accepting; nothing is polled."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wakee, selectors.EVENT_READ)
+            if self._lifeline:
+                selector.register(self._lifeline, selectors.EVENT_READ)
             while not self.stopping:
-                selector.select()
+                ready = [key.fileobj for key, _ in selector.select()]
+                self.stopping = self.stopping or self._lifeline in ready
                 self._accept()
 
     def _accept(self) -> None:
@@ -3312,7 +3371,7 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-        if len(self._connections) < self._max_connections:
+        if len(self._serving) < self._max_connections:
             return True
         for connection in list(self._connections):
             if connection.idle:
@@ -3450,12 +3509,12 @@ class Registry:
         self._resources.callback(self.server.stop_accepting)
         return self
 
-    def open(self) -> None:
-        """Open the data directory and listen. Raises StartupError."""
+    def open(self, listener: socket.socket | None = None, lifeline: socket.socket | None = None) -> None:
+        """Open the data directory and listen, unless a listener is given. Raises StartupError."""
         with contextlib.ExitStack() as resources:
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
-            self.server = self._open_server()
+            self.server = self._open_server(listener or self.bind(), lifeline)
             resources.callback(self.server.server_close)
             resources.callback(lambda: self.server.finish_requests(self._patience))
             if not self.read_only:
@@ -3475,17 +3534,25 @@ class Registry:
             data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
         )
 
-    def _open_server(self) -> Server:
-        tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
-        site = Site(self.store, self._open_access(), self.public_url, secure=tls is not None)
-        address = self.listen, self.port
+    def bind(self) -> socket.socket:
+        """A socket that listens where this registry is to. Raises StartupError."""
         try:
-            return Server(address, site, tls=tls, max_connections=self.max_connections, log=self.log)
+            return listen(self.listen, self.port)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
                 f"cannot listen on {self.listen} port {self.port}: {reason}; choose another --host or --port"
             ) from error
+
+    def _open_server(self, listener: socket.socket, lifeline: socket.socket | None) -> Server:
+        with contextlib.ExitStack() as undo:
+            undo.callback(listener.close)
+            tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
+            site = Site(self.store, self._open_access(), self.public_url, secure=tls is not None)
+            undo.pop_all()
+        return Server(
+            listener, site, tls=tls, max_connections=self.max_connections, lifeline=lifeline, log=self.log
+        )
 
     def _open_access(self) -> Access:
         certificates = self.tls_client_ca is not None
@@ -3570,13 +3637,93 @@ def command_serve(options: argparse.Namespace) -> None:
         policy=policy_of(options),
         log=None if options.quiet else write_log,
     )
+    if options.workers > 1:
+        Workers(registry, options.workers).run(functools.partial(announce, options, registry))
+        return
     registry.open()
     stop_on_signals(registry.server)
+    announce(options, registry)
+    registry.serve()
+    registry.close(STOP_TIMEOUT)
+
+
+def announce(options: argparse.Namespace, registry: Registry) -> None:
+    """Say that connections are accepted now, and what somebody on the network could do with them."""
     for warning in exposure_warnings(options):
         print(f"registry.py: warning: {warning}", file=sys.stderr, flush=True)
     print(f"Serving {options.data} at {registry.url}", flush=True)
-    registry.serve()
-    registry.close(STOP_TIMEOUT)
+
+
+class Workers:
+    """Processes that share one port and one data directory; one that dies is replaced.
+
+    This process only watches over them. The first worker does the housekeeping for all.
+    """
+
+    def __init__(self, registry: Registry, count: int) -> None:
+        """Raises StartupError where processes cannot be forked."""
+        if not hasattr(os, "fork"):
+            raise StartupError("this system cannot fork; leave --workers out")
+        self._registry = registry
+        self._count = count
+        self._numbers: dict[int, int] = {}  # each process's number
+        self._stopping = False
+
+    def run(self, announce: Callable[[], None]) -> None:
+        """Serve until SIGTERM or Ctrl-C. Raises StartupError."""
+        self._listener = self._registry.bind()
+        self._lifeline, self._end = socket.socketpair()
+        self._registry.open(self._listener.dup())  # what is wrong is better said once, and before
+        announce()
+        self._registry.close()
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        for number in range(self._count):
+            self._start(number)
+        while self._numbers:
+            process, _status = os.wait()
+            number = self._numbers.pop(process)
+            if not self._stopping:
+                time.sleep(RESTART_DELAY)
+                self._start(number)
+
+    def _start(self, number: int) -> None:
+        signals = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the worker has handlers of its own
+        process = os.fork()
+        if not process:
+            self._work(number, signals)
+        self._numbers[process] = number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if self._stopping:
+            os.kill(process, signal.SIGTERM)
+
+    def _work(self, number: int, signals: set[signal.Signals]) -> NoReturn:
+        """What a worker does: it stops when it is told to, or when the process that watches it is gone."""
+        status = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            self._end.close()
+            self._registry.gc_interval = 0 if number else self._registry.gc_interval
+            self._registry.open(self._listener, self._lifeline)
+            signal.signal(signal.SIGTERM, lambda *_: self._registry.server.stop_accepting())
+            self._registry.serve()
+            self._registry.close(STOP_TIMEOUT)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _stop(self, number: int, frame: object) -> None:
+        """The first signal ends the workers in good order, a second one at once."""
+        for process in self._numbers:
+            os.kill(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
+        if self._stopping:
+            os._exit(128 + number)
+        self._stopping = True
 
 
 def exposure_warnings(options: argparse.Namespace) -> list[str]:
@@ -3833,6 +3980,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_policy_options(parser)
     add_access_options(parser)
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="serve with so many processes, for more than one core's worth (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no access log on standard error")
 
 

@@ -1579,7 +1579,8 @@ class Collector:
         self._store = store
         self._policy = policy
         self._report = report
-        self._told_before = int(time.time() - policy.grace)
+        slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
+        self._told_before = int(time.time() - policy.grace - slack)
         self._dry: sqlite3.Connection | None = None
 
     def run(self, *, dry_run: bool = False) -> None:

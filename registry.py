@@ -1679,7 +1679,9 @@ class Collector:
                     "SELECT m.repository_id, r.name, m.digest FROM manifests m"
                     " JOIN repositories r ON r.id = m.repository_id"
                     " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
-                    " WHERE l.needed_by = 1 AND l.told_at < ? ORDER BY m.pulled_at, m.pushed_at LIMIT 1",
+                    " WHERE l.needed_by = 1 AND l.told_at < ? AND NOT EXISTS (SELECT 1 FROM manifests s"
+                    "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
+                    " ORDER BY m.pulled_at, m.pushed_at LIMIT 1",
                     (self._told_before,),
                 ).fetchall()
             if not oldest:
@@ -1707,8 +1709,8 @@ class Verifier:
     def run(self, *, repair: bool = False) -> Iterator[Finding]:
         """Yield what is wrong.
 
-        repair: move damaged files aside, and drop their rows and those of missing files, so that clients
-        push them again. Nothing that is whole is touched.
+        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
+        clients push them again. Nothing that is whole and has a row is touched.
         """
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
@@ -1718,7 +1720,7 @@ class Verifier:
                 for (digest, size), damage in zip(rows, pool.map(self._check, rows)):
                     if damage:
                         yield from self._confirm(digest, size, repair)
-        yield from self._check_files()
+        yield from self._check_files(repair)
         yield from self._check_references()
 
     def total(self) -> int:
@@ -1765,15 +1767,27 @@ class Verifier:
         if damage:
             yield Finding(damage, digest, repair)
 
-    def _check_files(self) -> Iterator[Finding]:
+    def _check_files(self, repair: bool) -> Iterator[Finding]:
         for digest in self._store.files.contents():
             if not is_digest(digest):
                 yield Finding("unreferenced", digest)
-            elif not self._is_known(digest):
-                with self._store.exclusive(dry_run=True):
-                    known = self._is_known(digest) or not os.path.lexists(self._store.files.path(digest))
-                if not known:
-                    yield Finding("unreferenced", digest)
+            elif not self._is_known(digest) and self._is_stray(digest, repair):
+                yield Finding("unreferenced", digest, repair)
+
+    def _is_stray(self, digest: str, repair: bool) -> bool:
+        """Whether a file really has no row, while nobody can give it one. repair: move it aside.
+
+        A file with a second name is an upload on its way to its row.
+        """
+        with self._store.exclusive(dry_run=True):
+            try:
+                placed = os.lstat(self._store.files.path(digest)).st_nlink > 1
+            except FileNotFoundError:
+                return False
+            stray = not placed and not self._is_known(digest)
+            if stray and repair:
+                self._store.files.set_aside(digest)
+        return stray
 
     def _is_known(self, digest: str) -> bool:
         sql = "SELECT 1 FROM blobs WHERE digest = ?1 UNION ALL SELECT 1 FROM doomed WHERE digest = ?1"

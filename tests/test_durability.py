@@ -1,0 +1,281 @@
+"""A file is durable before its row exists and a row goes before its file; damaged files are not served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+import unittest
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import registry
+from tests import scenarios, upkeep
+from tests.scenarios import Actor, Ledger
+from tests.steps import Step, observed
+from tests.support import Client, HTTPTestCase, RegistryTestCase, digest_of, unique, with_digest
+
+FULL = 2  # what PRAGMA synchronous says when every commit waits for the disk
+
+
+class Disk:
+    """What a power cut would take: bytes and names that were not synced. Sees every step coming."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.blobs = root / "blobs"
+        self.database = root / "registry.db"
+        self.kinds: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.removed: list[str] = []
+        self._loose_bytes: set[int] = set()  # inodes with bytes or a length that were not synced
+        self._loose_names: set[str] = set()  # directories with names that were not synced
+        self._rows = self._committed_rows() if self.database.exists() else {}
+
+    def __call__(self, step: Step) -> None:
+        self.kinds[step.kind] += 1
+        check = getattr(self, "_before_" + step.kind.replace("-", "_"), None)
+        if check:
+            check(step)
+
+    def _before_write(self, step: Step) -> None:
+        self._loose_bytes.add(os.stat(step.target).st_ino)
+
+    _before_half_write = _before_truncate = _before_write
+
+    def _before_sync(self, step: Step) -> None:
+        inode = os.stat(step.target).st_ino
+        self._loose_bytes.discard(inode)
+        self._loose_names = {name for name in self._loose_names if os.stat(name).st_ino != inode}
+
+    def _before_rename(self, step: Step) -> None:
+        if os.stat(step.source).st_ino in self._loose_bytes:
+            self.violations.append(f"renamed to {step.target} before its bytes were synced")
+        self._loose_names.add(os.path.dirname(step.target))
+
+    _before_link = _before_rename
+
+    def _before_mkdir(self, step: Step) -> None:
+        if not os.path.isdir(step.target):
+            self._loose_names.add(os.path.dirname(step.target))
+
+    def _before_unlink(self, step: Step) -> None:
+        path = Path(step.target)
+        if path.parent.parent == self.blobs:
+            digest = f"{path.parent.name}:{path.name}"
+            self.removed.append(digest)
+            if digest in self._committed_rows():
+                self.violations.append(f"removed {digest} before its row was gone")
+
+    def _before_commit(self, step: Step) -> None:
+        """New rows, seen from within the transaction, need files that are durable by now."""
+        try:
+            rows = dict(step.database.execute("SELECT digest, size FROM blobs"))
+        except sqlite3.OperationalError:  # not there before the schema is
+            return
+        waits = step.database.execute("PRAGMA synchronous").fetchone()[0] >= FULL
+        if rows != self._rows and not waits:
+            self.violations.append("rows are committed without waiting for the disk")
+        for digest, size in rows.items():
+            if self._rows.get(digest) != size:
+                self._check_durable(digest, size)
+        self._rows = rows
+
+    def _check_durable(self, digest: str, size: int) -> None:
+        path = self.blobs / digest.replace(":", "/")
+        if not path.exists() or path.stat().st_size != size:
+            self.violations.append(f"a row without its file: {digest}")
+        elif path.stat().st_ino in self._loose_bytes:
+            self.violations.append(f"a row before its bytes were synced: {digest}")
+        elif self._loose_names & {str(path.parent), str(self.blobs)}:
+            self.violations.append(f"a row before its name was synced: {digest}")
+
+    def _committed_rows(self) -> dict[str, int]:
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            return dict(database.execute("SELECT digest, size FROM blobs"))
+
+
+class DurableOrder(unittest.TestCase):
+    """Every scenario on a registry whose steps are watched."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.directory = Path(directory.name)
+        cls.base = cls.directory / "base"
+        with registry.Registry(cls.base, sync=False) as prepared:
+            ledger = Ledger({})
+            scenarios.prepare(Actor(Client(prepared.host, scenarios.REPOSITORY), ledger))
+        cls.facts = ledger.known
+
+    @contextlib.contextmanager
+    def watched(self, **options: Any) -> Iterator[tuple[Disk, registry.Registry]]:
+        """A registry on a copy of what was prepared."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as name:
+            data = Path(name) / "data"
+            shutil.copytree(self.base, data)
+            disk = Disk(data)
+            with observed(disk), registry.Registry(data, **options) as running:
+                yield disk, running
+
+    def play(self, scenario: scenarios.Scenario, running: registry.Registry) -> None:
+        scenario(Actor(Client(running.host, scenarios.REPOSITORY), Ledger(self.facts)))
+
+    def test_no_row_before_its_file_is_durable_and_no_file_gone_before_its_row(self) -> None:
+        for scenario in scenarios.SCENARIOS:
+            with self.subTest(scenario.__name__), self.watched() as (disk, running):
+                self.play(scenario, running)
+                self.assertEqual(disk.violations, [])
+                self.assertGreater(disk.kinds["commit"], 0, "nothing was watched")
+
+    def test_a_new_blob_costs_two_syncs_of_file_and_directory(self) -> None:
+        for scenario in (scenarios.single_post, scenarios.post_patch_put):
+            with self.subTest(scenario.__name__), self.watched() as (disk, running):
+                before = disk.kinds["sync"]
+                self.play(scenario, running)
+                self.assertEqual(disk.kinds["sync"] - before, 2)
+
+    def test_deletes_remove_the_files_that_lost_their_last_row(self) -> None:
+        with self.watched() as (disk, running):
+            self.play(scenarios.manifest_deleted, running)
+            self.play(scenarios.blob_deleted, running)
+            removed = {digest_of(content) for content in (scenarios.SECOND.body, scenarios.LOOSE)}
+            self.assertLessEqual(removed, set(disk.removed))
+            self.assertEqual(disk.violations, [])
+
+    def test_collecting_garbage_removes_rows_before_files(self) -> None:
+        with self.watched() as (disk, running):
+            upkeep.everything(disk.root, 2 * upkeep.DAY)
+            upkeep.collect(running.store, untagged_after=upkeep.DAY)
+            removed = {digest_of(content) for content in (scenarios.UNTAGGED.config, scenarios.LOOSE)}
+            self.assertLessEqual(removed, set(disk.removed))
+            self.assertEqual(disk.violations, [])
+
+    def test_repairing_removes_rows_of_what_it_moves_away(self) -> None:
+        with self.watched() as (disk, running):
+            lost = digest_of(scenarios.LOOSE)
+            os.truncate(disk.blobs / lost.replace(":", "/"), 5)
+            self.assertEqual(upkeep.verify(running.store, repair=True), [("truncated", lost)])
+            self.assertEqual(upkeep.verify(running.store), [])
+
+    def test_a_new_data_directory_is_durable_too(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self.directory) as name:
+            disk = Disk(Path(name))
+            with observed(disk), registry.Registry(name) as running:
+                self.play(scenarios.manifest_by_tag, running)
+            self.assertEqual(disk.violations, [])
+
+    def test_without_sync_nothing_waits_for_the_disk(self) -> None:
+        with self.watched(sync=False) as (disk, running):
+            for scenario in (scenarios.manifest_by_tag, scenarios.post_patch_put, scenarios.blob_deleted):
+                self.play(scenario, running)
+            self.assertEqual(disk.kinds["sync"], 0)
+            self.assertIn("rows are committed without waiting for the disk", disk.violations)
+
+
+class DamagedFiles(RegistryTestCase):
+    """A power cut may leave files shorter than their rows say. Each test damages what was never read."""
+
+    def damage(self, digest: str, size: int = 0) -> None:
+        os.truncate(self.data.path / "blobs" / digest.replace(":", "/"), size)
+
+    def remove(self, digest: str) -> None:
+        (self.data.path / "blobs" / digest.replace(":", "/")).unlink()
+
+    def assert_lost(self, *paths: str) -> None:
+        for path in paths:
+            code = "MANIFEST_UNKNOWN" if "/manifests/" in path else "BLOB_UNKNOWN"
+            self.assert_error(self.client.get(path), 404, code)
+            self.assertEqual(self.client.head(path).status, 404)
+            self.assertEqual(self.client.get(path, {"Range": "bytes=0-0"}).status, 404)
+
+    def pushed_blob(self, size: int = 0) -> tuple[bytes, str]:
+        content = unique("blob").ljust(size, b".")
+        return content, self.client.push_blob(content)
+
+    def test_a_short_blob_is_unknown_and_the_next_push_heals_it(self) -> None:
+        for size, left in ((0, 0), (0, 3), (200_000, 0), (200_000, 199_999)):
+            with self.subTest(size=size, left=left):
+                content, digest = self.pushed_blob(size)
+                self.damage(digest, left)
+                self.assert_lost(self.client.path(f"blobs/{digest}"))
+                self.client.push_blob(content)
+                self.assert_blob(self.client, content)
+
+    def test_a_short_blob_is_healed_by_a_session_too(self) -> None:
+        content, digest = self.pushed_blob()
+        self.damage(digest)
+        self.client.expect(201, "PUT", with_digest(self.client.open_upload(), digest), content)
+        self.assert_blob(self.client, content)
+
+    def test_a_missing_file_is_unknown_and_the_next_push_heals_it(self) -> None:
+        content, digest = self.pushed_blob()
+        self.remove(digest)
+        self.assert_lost(self.client.path(f"blobs/{digest}"))
+        self.client.push_blob(content)
+        self.assert_blob(self.client, content)
+
+    def test_a_file_with_bytes_too_many_is_unknown(self) -> None:
+        _, digest = self.pushed_blob()
+        self.damage(digest, 100)
+        self.assert_lost(self.client.path(f"blobs/{digest}"))
+
+    def test_a_short_manifest_is_unknown_by_tag_and_digest_and_the_next_push_heals_it(self) -> None:
+        image = self.client.push_image("v1")
+        self.damage(image.digest)
+        paths = [self.client.path(f"manifests/{reference}") for reference in ("v1", image.digest)]
+        self.assert_lost(*paths, self.client.path(f"blobs/{image.digest}"))
+        self.client.push_manifest(image.body, "v1")
+        for path in paths:
+            self.assertEqual(self.client.expect(200, "GET", path).body, image.body)
+
+    def test_a_short_blob_is_not_mounted_so_that_the_client_sends_it(self) -> None:
+        content, digest = self.pushed_blob()
+        self.damage(digest)
+        mount = f"blobs/uploads/?mount={digest}&from={self.client.repository}"
+        location = self.other.expect(202, "POST", mount).headers["Location"]
+        self.other.expect(201, "PUT", with_digest(location, digest), content)
+        self.assert_blob(self.other, content)
+        self.assert_blob(self.client, content)
+
+    def test_a_short_blob_of_one_repository_is_healed_through_another(self) -> None:
+        content, digest = self.pushed_blob()
+        self.damage(digest)
+        self.other.push_blob(content)
+        self.assert_blob(self.client, content)
+
+    def test_a_download_of_a_file_cut_short_meanwhile_ends_early_rather_than_wrong(self) -> None:
+        size = 32 * 1024 * 1024
+        content = os.urandom(1024) * (size // 1024)
+        digest = self.client.push_blob(content)
+        connection = self.connect().request("GET", self.client.path(f"blobs/{digest}"))
+        connection._take_head()
+        self.damage(digest)
+        with self.assertRaisesRegex(AssertionError, f"bytes of a body of {size}"):
+            connection._take(size)
+
+
+class DamageSeenByRestartedDaemon(HTTPTestCase):
+    """What was read and remembered before does not hide damage from the next process."""
+
+    def test_a_manifest_damaged_while_the_registry_was_down_is_unknown(self) -> None:
+        with tempfile.TemporaryDirectory() as data:
+            with registry.Registry(data) as running:
+                image = Client(running.host, "down").push_image("v1")
+                Client(running.host, "down").expect(200, "GET", "manifests/v1")
+            os.truncate(Path(data) / "blobs" / image.digest.replace(":", "/"), 10)
+            with registry.Registry(data) as running:
+                client = Client(running.host, "down")
+                self.assert_error(client.get("manifests/v1"), 404, "MANIFEST_UNKNOWN")
+                self.assertEqual(client.head("manifests/v1").status, 404)
+                client.push_manifest(image.body, "v1")
+                client.expect(200, "GET", "manifests/v1")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,57 @@
+"""Collecting and verifying in process, and making what is in a data directory look old instead of waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import registry
+from tests.support import TIMEOUT
+
+MINUTE, HOUR, DAY = 60, 3600, 24 * 3600
+
+
+@contextlib.contextmanager
+def opened(data: Path) -> Iterator[registry.Store]:
+    """A store of this process on a data directory, whoever else has one. Does not wait for the disk."""
+    with contextlib.closing(registry.Store(data, durable=False)) as store:
+        yield store
+
+
+def collect(store: registry.Store, *, dry_run: bool = False, **policy: Any) -> list[tuple[str, str]]:
+    """Collect garbage; the kind and digest of each thing that went, or would go."""
+    removed: list[Any] = []
+    registry.Collector(store, registry.Policy(**policy), removed.append).run(dry_run=dry_run)
+    return sorted((removal.kind, removal.digest) for removal in removed)
+
+
+def verify(store: registry.Store, *, repair: bool = False) -> list[tuple[str, str]]:
+    """The kind and subject of each finding."""
+    verifier = registry.Verifier(store, lambda _amount: None)
+    return sorted((finding.kind, finding.subject) for finding in verifier.run(repair=repair))
+
+
+def change(data: Path, sql: str, *values: Any) -> None:
+    """Change the registry's database behind its back, unheeding its triggers' and keys' wishes."""
+    with contextlib.closing(sqlite3.connect(data / "registry.db", timeout=TIMEOUT)) as database, database:
+        database.execute(sql, values)
+
+
+def leases_told(data: Path, ago: float, digest: str = "%") -> None:
+    """Clients were told of all blobs, or of one, so many seconds earlier than they were."""
+    change(data, "UPDATE repository_blobs SET told_at = told_at - ? WHERE digest LIKE ?", ago, digest)
+
+
+def manifests_pushed(data: Path, ago: float, digest: str = "%") -> None:
+    """All manifests, or one, were pushed and pulled so many seconds earlier than they were."""
+    sql = "UPDATE manifests SET pushed_at = pushed_at - ?1, pulled_at = pulled_at - ?1 WHERE digest LIKE ?2"
+    change(data, sql, ago, digest)
+
+
+def everything(data: Path, ago: float, digest: str = "%") -> None:
+    """Everything, or all about one digest, happened so many seconds earlier."""
+    leases_told(data, ago, digest)
+    manifests_pushed(data, ago, digest)

@@ -3664,9 +3664,9 @@ def command_serve(options: argparse.Namespace) -> None:
 
 def announce(options: argparse.Namespace, registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
+    print(f"Serving {options.data} at {registry.url}", flush=True)
     for warning in exposure_warnings(options):
         print(f"registry.py: warning: {warning}", file=sys.stderr, flush=True)
-    print(f"Serving {options.data} at {registry.url}", flush=True)
 
 
 class Workers:

@@ -1,0 +1,93 @@
+"""--workers: processes that share one port and one data directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+from tests.support import TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
+
+
+def children(process: int) -> set[int]:
+    """The processes that a process has started."""
+    text = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
+    return {int(word) for word in text.split()}
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs, and is not merely waiting to be buried."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@unittest.skipUnless(Path("/proc/self/task").exists(), "needs /proc to look at processes")
+class WorkersTest(HTTPTestCase):
+    def setUp(self) -> None:
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.daemon = Daemon(temporary.name, "--quiet", "--workers", "3")
+        self.daemon.start()
+        self.addCleanup(self.daemon.kill)
+        self.wait_for(lambda: len(self.workers()) == 3)
+
+    def workers(self) -> set[int]:
+        return children(self.daemon.process.pid)
+
+    def wait_for(self, condition: object) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():  # type: ignore[operator]
+            self.assertLess(time.monotonic(), deadline, "waited in vain")
+            time.sleep(0.01)
+
+    def test_what_one_worker_acknowledged_all_others_serve(self) -> None:
+        client = self.daemon.client
+        for _ in range(40):  # each request on a connection of its own, and so by any worker
+            content = unique()
+            digest = client.push_blob(content)
+            self.assertEqual(client.get(f"blobs/{digest}").body, content)
+            image = client.push_image("moving")
+            for _ in range(4):
+                self.assertEqual(
+                    client.head("manifests/moving").headers["Docker-Content-Digest"], image.digest
+                )
+            client.expect(202, "DELETE", f"manifests/{image.digest}")
+            self.assert_status(client.get("manifests/moving"), 404)
+            self.assert_status(client.get(f"blobs/{digest_of(unique())}"), 404)
+
+    def test_an_upload_goes_on_with_another_worker(self) -> None:
+        client = self.daemon.client
+        content = [unique() for _ in range(20)]
+        location = client.open_upload()
+        for part in content:
+            self.assert_status(client.patch(location, part), 202)
+        digest = digest_of(b"".join(content))
+        self.assert_status(client.put(f"{location}?digest={digest}"), 201)
+        self.assertEqual(client.get(f"blobs/{digest}").body, b"".join(content))
+
+    def test_a_worker_that_dies_is_replaced(self) -> None:
+        before = self.workers()
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        self.wait_for(lambda: len(self.workers()) == 3 and victim not in self.workers())
+        self.assertEqual(len(self.workers() & before), 2)
+        self.daemon.client.push_image("after")
+
+    def test_stopping_stops_all(self) -> None:
+        workers = self.workers()
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertFalse([worker for worker in workers if is_alive(worker)])
+
+    def test_workers_do_not_outlive_the_process_that_watches_them(self) -> None:
+        workers = self.workers()
+        self.daemon.kill()
+        self.wait_for(lambda: not [worker for worker in workers if is_alive(worker)])
+
+
+if __name__ == "__main__":
+    unittest.main()

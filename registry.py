@@ -1078,7 +1078,7 @@ class Store:
         )
         ((repository,),) = db.execute("SELECT id FROM repositories WHERE name = ?", (name,))
         db.execute(
-            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, told_at) VALUES (?1, ?2, 0)",
+            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, told_at) VALUES (?, ?, 0)",
             (repository, digest),
         )
         Store._tell(db, repository, digest)
@@ -1316,9 +1316,9 @@ class Store:
         with self.exclusive(durable=False) as db:
             for algorithm in ALGORITHMS:
                 db.execute(
-                    "INSERT INTO doomed SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE digest = ?1)"
-                    " ON CONFLICT DO NOTHING",
-                    (upload.digest(algorithm),),
+                    "INSERT INTO doomed SELECT :digest WHERE NOT EXISTS"
+                    " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
+                    {"digest": upload.digest(algorithm)},
                 )
         self.remove_doomed()
 
@@ -1349,8 +1349,9 @@ class Store:
         An upload that is being written to is left alone.
         """
         oldest = time.time() - lifetime
+        entries = self.files.uploads()  # before the rows: so each has one that will ever have
         sessions = {session for (session,) in self.read("SELECT id FROM uploads")}
-        present = {entry.name for entry in self.files.uploads() if _needs_care(entry, sessions, oldest)}
+        present = [entry.name for entry in entries if _needs_care(entry, sessions, oldest)]
         absent = [session for session in sessions if not os.path.exists(self.files.upload_path(session))]
         if absent:
             with self.exclusive(durable=False) as db:
@@ -1516,20 +1517,21 @@ class Store:
         What clients without the referrers API listed in the index tagged <algorithm>-<hex> counts too.
         """
         rows = self.look_up(
-            "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?1), referrers (digest) AS ("
-            " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?2"
+            "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?), referrers (digest) AS ("
+            " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?"
             " UNION SELECT c.child FROM repository r"
-            " JOIN tags t ON t.repository_id = r.id AND t.name = ?3"
+            " JOIN tags t ON t.repository_id = r.id AND t.name = ?"
             " JOIN manifest_references c ON c.repository_id = r.id AND c.manifest = t.digest"
             "  AND c.child <> c.manifest)"
             " SELECT m.media_type, m.digest, b.size, m.artifact_type, m.annotations FROM repository r"
             " JOIN referrers JOIN manifests m ON m.repository_id = r.id AND m.digest = referrers.digest"
             " JOIN blobs b ON b.digest = m.digest"
-            " WHERE m.digest > ?4 AND (?5 IS NULL OR m.artifact_type = ?5) ORDER BY m.digest LIMIT ?6",
+            " WHERE m.digest > ? AND (? IS NULL OR m.artifact_type = ?) ORDER BY m.digest LIMIT ?",
             name,
             subject,
             subject.replace(":", "-"),
             last,
+            artifact_type,
             artifact_type,
             limit,
         )
@@ -1638,12 +1640,12 @@ class Collector:
             with self._batch() as db:
                 for repository, name, digest in manifests[start : start + BATCH]:
                     gone = db.execute(
-                        "DELETE FROM manifests WHERE repository_id = ?1 AND digest = ?2"
-                        " AND EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = ?1"
-                        "  AND digest = ?2 AND needed_by = 1 AND told_at < ?3)"
-                        " AND (?4 OR NOT EXISTS"
-                        "  (SELECT 1 FROM tags WHERE repository_id = ?1 AND digest = ?2))",
-                        (repository, digest, before, tagged),
+                        "DELETE FROM manifests WHERE repository_id = :repository AND digest = :digest"
+                        " AND EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = :repository"
+                        "  AND digest = :digest AND needed_by = 1 AND told_at < :before)"
+                        " AND (:tagged OR NOT EXISTS"
+                        "  (SELECT 1 FROM tags WHERE repository_id = :repository AND digest = :digest))",
+                        {"repository": repository, "digest": digest, "before": before, "tagged": tagged},
                     ).rowcount
                     if gone:
                         self._report(Removal("manifest", name, digest, 0))
@@ -1790,8 +1792,8 @@ class Verifier:
         return stray
 
     def _is_known(self, digest: str) -> bool:
-        sql = "SELECT 1 FROM blobs WHERE digest = ?1 UNION ALL SELECT 1 FROM doomed WHERE digest = ?1"
-        return bool(self._store.read(sql, digest))
+        sql = "SELECT 1 FROM blobs WHERE digest = ? UNION ALL SELECT 1 FROM doomed WHERE digest = ?"
+        return bool(self._store.read(sql, digest, digest))
 
     def _check_references(self) -> Iterator[Finding]:
         for name, manifest, child in self._store.read(
@@ -3345,7 +3347,8 @@ class Server(ThreadingHTTPServer):
         self.stopping = False
         self._connections: dict[Connection, None] = {}  # in the order in which they were opened
         self._serving: set[threading.Thread] = set()
-        self._waker, self._wakee = socket.socketpair()
+        self.waker, self._wakee = socket.socketpair()  # whatever is sent there has serve_forever look up
+        self.waker.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until stop_accepting; nothing is polled."""
@@ -3426,7 +3429,7 @@ class Server(ThreadingHTTPServer):
         """Make serve_forever return; safe in a signal handler."""
         self.stopping = True
         with contextlib.suppress(OSError):
-            self._waker.send(b"x")
+            self.waker.send(b"x")
 
     def finish_requests(self, timeout: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
@@ -3451,7 +3454,7 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Free the port."""
         super().server_close()
-        self._waker.close()
+        self.waker.close()
         self._wakee.close()
 
 
@@ -3656,9 +3659,31 @@ def command_serve(options: argparse.Namespace) -> None:
         Workers(registry, options.workers).run(functools.partial(announce, options, registry))
         return
     registry.open()
-    stop_on_signals(registry.server)
+    stop_on_signals(registry.server, signal.SIGTERM, signal.SIGINT)
     announce(options, registry)
+    serve_until_stopped(registry)
+
+
+def stop_on_signals(server: Server, *signals: signal.Signals) -> None:
+    """Let the first of these signals end the server in good order, and a second one at once.
+
+    Whichever thread the system gives a signal to, the wake-up descriptor has the main one notice.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        if server.stopping:
+            os._exit(128 + number)
+        server.stop_accepting()
+
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+    for number in signals:
+        signal.signal(number, stop)
+
+
+def serve_until_stopped(registry: Registry) -> None:
+    """Serve in this thread, and close what was opened when it is over."""
     registry.serve()
+    signal.set_wakeup_fd(-1)
     registry.close(STOP_TIMEOUT)
 
 
@@ -3677,6 +3702,7 @@ class Workers:
 
     def __init__(self, registry: Registry, count: int) -> None:
         """Raises StartupError where processes cannot be forked."""
+        self._signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
         if not hasattr(os, "fork"):
             raise StartupError("this system cannot fork; leave --workers out")
         self._registry = registry
@@ -3691,48 +3717,50 @@ class Workers:
         self._registry.open(self._listener.dup())  # what is wrong is better said once, and before
         announce()
         self._registry.close()
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         for number in range(self._count):
             self._start(number)
         while self._numbers:
-            process, _status = os.wait()
-            number = self._numbers.pop(process)
-            if not self._stopping:
-                time.sleep(RESTART_DELAY)
-                self._start(number)
+            arrived = signal.sigwait(self._signals)
+            if arrived == signal.SIGCHLD:
+                self._replace_dead()
+            else:
+                self._stop(arrived)
+
+    def _replace_dead(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (process := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                number = self._numbers.pop(process)
+                if not self._stopping:
+                    time.sleep(RESTART_DELAY)
+                    self._start(number)
 
     def _start(self, number: int) -> None:
-        signals = {signal.SIGTERM, signal.SIGINT}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the worker has handlers of its own
         process = os.fork()
         if not process:
-            self._work(number, signals)
+            self._work(number)
         self._numbers[process] = number
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        if self._stopping:
-            os.kill(process, signal.SIGTERM)
 
-    def _work(self, number: int, signals: set[signal.Signals]) -> NoReturn:
+    def _work(self, number: int) -> NoReturn:
         """What a worker does: it stops when it is told to, or when the process that watches it is gone."""
         status = 1
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
             self._end.close()
             self._registry.gc_interval = 0 if number else self._registry.gc_interval
             self._registry.open(self._listener, self._lifeline)
-            signal.signal(signal.SIGTERM, lambda *_: self._registry.server.stop_accepting())
-            self._registry.serve()
-            self._registry.close(STOP_TIMEOUT)
+            stop_on_signals(self._registry.server, signal.SIGTERM)
+            serve_until_stopped(self._registry)
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, number: int) -> None:
         """The first signal ends the workers in good order, a second one at once."""
         for process in self._numbers:
             os.kill(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
@@ -3760,18 +3788,6 @@ def raise_descriptor_limit() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def stop_on_signals(server: Server) -> None:
-    """Let the first SIGTERM or Ctrl-C end the server in good order, and a second one at once."""
-
-    def stop(number: int, frame: object) -> None:
-        if server.stopping:
-            os._exit(128 + number)
-        server.stop_accepting()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
 
 
 class Progress:

@@ -412,7 +412,7 @@ class DataDirectory:
     def locked(self) -> Iterator[None]:
         """Keep everybody from writing to the database."""
         path = self.path / "registry.db"
-        with contextlib.closing(sqlite3.connect(path, TIMEOUT, isolation_level=None)) as database:
+        with contextlib.closing(sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             yield
             database.execute("ROLLBACK")

@@ -2596,6 +2596,8 @@ class Request:
 
     def parse(self, data: bytes) -> None:
         """Take in a head. Raises parse_head's errors and more, keeping what was understood till then."""
+        if data.startswith(b"HEAD "):
+            self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
         self.path, self._query = split_target(self.target)
         length = body_length(head)

@@ -145,7 +145,6 @@ SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
-MIN_FREE = 64 * MIB  # of the disk, by default
 GENERATION_SIZE = 16
 LOOKUP_LIMIT, LOOKUP_ROWS, LOOKUP_LIFETIME = 4096, 200, 1.0  # queries remembered, rows of each, seconds
 BATCH = 100  # rows that maintenance changes under one write lock
@@ -1931,15 +1930,13 @@ def apr1(password: bytes, salt: bytes) -> str:
     length = len(password)
     first = hashlib.md5(password + salt + password).digest()
     start = password + b"$apr1$" + salt + (first * (length // 16 + 1))[:length]
-    while length:
-        start += b"\0" if length & 1 else password[:1]
-        length >>= 1
+    start += b"".join(b"\0" if length >> bit & 1 else password[:1] for bit in range(length.bit_length()))
     value = hashlib.md5(start).digest()
     for number in range(1000):
-        odd = number % 2
-        text = (password if odd else value) + (salt if number % 3 else b"")
-        text += (password if number % 7 else b"") + (value if odd else password)
-        value = hashlib.md5(text).digest()
+        parts = [value, salt * (number % 3 > 0), password * (number % 7 > 0), password]
+        if number % 2:
+            parts[0], parts[3] = password, value
+        value = hashlib.md5(b"".join(parts)).digest()
     groups = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5))
     words = [(value[a] << 16 | value[b] << 8 | value[c], 4) for a, b, c in groups] + [(value[11], 2)]
     alphabet = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -2076,7 +2073,10 @@ class Access:
             return True
         if self._grants is None:
             return user is not None
-        who = {"anonymous"} if user is None else {"anonymous", "*", user}
+        return self._is_granted({"anonymous"} if user is None else {"anonymous", "*", user}, scope)
+
+    def _is_granted(self, who: set[str], scope: Scope) -> bool:
+        assert self._grants is not None
         return any(
             grant.who in who and scope.action in grant.actions and grant.repositories.fullmatch(scope.name)
             for grant in self._grants.get()
@@ -3145,18 +3145,22 @@ def authorize(request: Request, action: str, name: str) -> None:
     """
     access = request.site.access
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    wanted = (
-        "" if action == "login" else str(scope._replace(action="pull,push") if action == "push" else scope)
-    )
-    challenge = f'Bearer realm="{request.base_url()}/token",service="{access.service}"'
-    challenge += f',scope="{wanted}"' if wanted else ""
+    challenge = bearer_challenge(request, None if action == "login" else scope)
     request.caller = caller = identify(request, challenge)
-    known = caller.user is not None or caller.scopes is not None
-    if known if action == "login" else access.allows(caller, scope):
+    if caller != Caller(None) if action == "login" else access.allows(caller, scope):
         return
     if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
         raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), challenge)
     raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
+
+
+def bearer_challenge(request: Request, scope: Scope | None) -> str:
+    """Where to get a token, and for what: whoever pushes will want to look at what is there as well."""
+    challenge = f'Bearer realm="{request.base_url()}/token",service="{request.site.access.service}"'
+    if scope is None:
+        return challenge
+    wanted = scope._replace(action="pull,push") if scope.action == "push" else scope
+    return f'{challenge},scope="{wanted}"'
 
 
 def error_reply(error: Exception) -> Reply:
@@ -3925,7 +3929,7 @@ def parse_port(text: str) -> int:
 
 def parse_duration(text: str) -> float:
     """Seconds, from a number with s, m, h or d behind it."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write one like 30s, 5m, 1h or 7d")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
@@ -3943,106 +3947,93 @@ def parse_grace(text: str) -> float:
 
 def parse_size(text: str) -> int:
     """Bytes, from a number with K, M, G or T behind it, each 1024 times the one before."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", text)
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 64M or 50G")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """The option that every command has."""
-    parser.add_argument(
-        "--data", default="./data", metavar="DIR", help="data directory (default: %(default)s)"
-    )
+def parse_count_option(text: str) -> int:
+    """A number of things, none being allowed."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
 
 
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """What gc removes, and what the daemon does every --gc-interval."""
-    parser.add_argument(
-        "--untagged-after", type=parse_duration, metavar="AGE",
-        help="remove manifests that have been without a tag for so long, such as 7d (default: never)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-last", type=int, default=0, metavar="N",
-        help="but keep the newest N untagged manifests of each repository (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--grace", type=parse_grace, default=GRACE, metavar="AGE",
-        help="leave alone what a client pushed or asked for so recently (default: 1h)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-size", type=parse_size, metavar="SIZE",
-        help="remove the least recently pulled images while the store is larger (default: any size)",
-    )  # fmt: skip
+def parse_positive(text: str) -> int:
+    """A number of things, at least one."""
+    number = parse_count_option(text)
+    if not number:
+        raise argparse.ArgumentTypeError("it takes at least one")
+    return number
 
 
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """What the daemon takes."""
-    add_data_option(parser)
-    parser.add_argument(
-        "--host",
-        dest="listen",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="address to listen on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--port",
-        type=parse_port,
-        default=5000,
-        help="port to listen on, 0 for a free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sparse", action="store_true", help="accept manifests whose layers or children are absent"
-    )
-    parser.add_argument(
-        "--no-sync",
-        action="store_true",
-        help="do not wait for the disk: faster, and a power cut may lose or damage what was pushed",
-    )
-    parser.add_argument(
-        "--max-blob-size", type=parse_size, metavar="SIZE", help="refuse larger blobs (default: any size)"
-    )
-    parser.add_argument(
-        "--min-free", type=parse_size, default=MIN_FREE, metavar="SIZE",
-        help="refuse pushes that would leave less of the disk free (default: 64M)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gc-interval", type=parse_duration, default=3600.0, metavar="AGE",
-        help="collect garbage so often, 0 for never (default: 1h)",
-    )  # fmt: skip
-    add_policy_options(parser)
-    add_access_options(parser)
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N",
-        help="serve with so many processes, for more than one core's worth (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no access log on standard error")
+# Options: flag, what --help says of it, and what argparse makes of it.
+# fmt: off
+DATA_OPTION = ("--data", "data directory", {"default": "./data", "metavar": "DIR"})
+POLICY_OPTIONS = (
+    ("--untagged-after", "remove manifests that have been without a tag for so long, such as 7d; else never",
+        {"type": parse_duration, "metavar": "AGE"}),
+    ("--keep-last", "but keep the newest N untagged manifests of each repository",
+        {"type": parse_count_option, "default": 0, "metavar": "N"}),
+    ("--grace", "leave alone what a client pushed or asked for so recently",
+        {"type": parse_grace, "default": "1h", "metavar": "AGE"}),
+    ("--max-size", "remove the least recently pulled images while the store is larger, such as 50G",
+        {"type": parse_size, "metavar": "SIZE"}),
+)
+SERVE_OPTIONS = (
+    DATA_OPTION,
+    ("--host", "address to listen on", {"dest": "listen", "default": "127.0.0.1", "metavar": "HOST"}),
+    ("--port", "port to listen on, 0 for a free one",
+        {"type": parse_port, "default": 5000, "metavar": "PORT"}),
+    ("--workers", "serve with so many processes, for more than one core's worth",
+        {"type": parse_positive, "default": 1, "metavar": "N"}),
+    ("--max-connections", "serve so many clients at once, for each process",
+        {"type": parse_positive, "default": MAX_CONNECTIONS, "metavar": "N"}),
+    ("--read-only", "serve pulls only; the disk may be read-only", {"action": "store_true"}),
+    ("--sparse", "accept manifests whose layers or children are absent", {"action": "store_true"}),
+    ("--no-sync", "do not wait for the disk: faster, and a power cut may lose or damage what was pushed",
+        {"action": "store_true"}),
+    ("--max-blob-size", "refuse larger blobs", {"type": parse_size, "metavar": "SIZE"}),
+    ("--min-free", "refuse pushes that would leave less of the disk free",
+        {"type": parse_size, "default": "64M", "metavar": "SIZE"}),
+    ("--gc-interval", "collect garbage so often, 0 for never",
+        {"type": parse_duration, "default": "1h", "metavar": "AGE"}),
+    *POLICY_OPTIONS,
+    ("--users", "let only the users of this htpasswd file in; see the command passwd", {"metavar": "FILE"}),
+    ("--grants", "what they may do: lines of who, repositories, actions", {"metavar": "FILE"}),
+    ("--anonymous-pull", "let everybody pull", {"action": "store_true"}),
+    ("--public-url", "how clients reach this registry, if a proxy does not say", {"metavar": "URL"}),
+    ("--tls-cert", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
+    ("--tls-key", "its private key, if that is in another file", {"metavar": "FILE"}),
+    ("--tls-client-ca", "let clients in whose certificate this CA has signed; its name is the user",
+        {"metavar": "FILE"}),
+    ("--quiet", "no access log on standard error", {"action": "store_true"}),
+)
+COMMANDS = (
+    ("gc", command_gc, "remove what nothing needs any more", (
+        DATA_OPTION,
+        ("--dry-run", "only say what would be removed", {"action": "store_true"}),
+        *POLICY_OPTIONS,
+    )),
+    ("verify", command_verify, "check every file and every row", (
+        DATA_OPTION,
+        ("--repair", "move damaged files aside so that clients push them again", {"action": "store_true"}),
+    )),
+    ("passwd", command_passwd, "set a user's password", (
+        ("name", "the user", {"metavar": "NAME"}),
+        ("--users", "the htpasswd file, made if missing", {"required": True, "metavar": "FILE"}),
+        ("--delete", "remove the user instead", {"action": "store_true"}),
+    )),
+)
+# fmt: on
 
 
-def add_access_options(parser: argparse.ArgumentParser) -> None:
-    """Who is let in."""
-    for flag, metavar, text in (
-        ("--users", "FILE", "let only the users of this htpasswd file in; see the command passwd"),
-        ("--grants", "FILE", "what they may do: lines of who, repositories, actions"),
-        ("--public-url", "URL", "how clients reach this registry, if a proxy does not say"),
-        ("--tls-cert", "FILE", "serve HTTPS with this certificate chain (PEM)"),
-        ("--tls-key", "FILE", "its private key, if that is in another file"),
-        (
-            "--tls-client-ca",
-            "FILE",
-            "let clients in whose certificate this CA has signed; its name is the user",
-        ),
-    ):
-        parser.add_argument(flag, metavar=metavar, help=text)
-    parser.add_argument("--anonymous-pull", action="store_true", help="let everybody pull")
-    parser.add_argument(
-        "--read-only", action="store_true", help="serve pulls only; the disk may be read-only"
-    )
-    parser.add_argument(
-        "--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
-        help="serve so many clients at once (default: %(default)s)",
-    )  # fmt: skip
+def add_options(parser: argparse.ArgumentParser, options: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+    """Give a parser some of the options above."""
+    for flag, text, settings in options:
+        default = " (default: %(default)s)" if settings.get("default") else ""
+        parser.add_argument(flag, help=text + default, **settings)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4054,24 +4045,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(command=command_serve)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    add_serve_options(parser)
+    add_options(parser, SERVE_OPTIONS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    gc = commands.add_parser("gc", help="remove what nothing needs any more", allow_abbrev=False)
-    gc.set_defaults(command=command_gc)
-    add_data_option(gc)
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    add_policy_options(gc)
-    verify = commands.add_parser("verify", help="check every file and row", allow_abbrev=False)
-    verify.set_defaults(command=command_verify)
-    add_data_option(verify)
-    verify.add_argument(
-        "--repair", action="store_true", help="move damaged files aside so that clients push them again"
-    )
-    passwd = commands.add_parser("passwd", help="set a user's password", allow_abbrev=False)
-    passwd.set_defaults(command=command_passwd)
-    passwd.add_argument("name", metavar="NAME")
-    passwd.add_argument("--users", required=True, metavar="FILE", help="the htpasswd file, made if missing")
-    passwd.add_argument("--delete", action="store_true", help="remove the user instead")
+    for name, command, text, options in COMMANDS:
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        subparser.set_defaults(command=command)
+        add_options(subparser, options)
     return parser
 
 

@@ -63,6 +63,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import stat
 import struct
 import sys
 import tempfile
@@ -72,7 +73,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
 try:
@@ -113,6 +114,7 @@ PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
+DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
@@ -125,6 +127,7 @@ IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next req
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # without one byte of a body moving, either way
 LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
+EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
@@ -159,6 +162,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
+CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
 HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 CONTENT_RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
@@ -439,6 +443,11 @@ def _is_foreign(layer: dict[str, Any]) -> bool:
 # === Files ============================================================================================
 
 
+def no_follow(path: str, flags: int) -> int:
+    """An opener for open() that follows no link which somebody may have put into the data directory."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable, where the system can."""
     if os.name != "posix":
@@ -534,7 +543,8 @@ class UploadFile:
         self.path = path
         self._admit = admit
         self.id = os.path.basename(path)
-        self._file: BinaryIO = open(path, "xb+" if create else "rb+", buffering=0)  # noqa: SIM115
+        mode = "xb+" if create else "rb+"
+        self._file: IO[Any] = open(path, mode, buffering=0, opener=no_follow)  # noqa: SIM115
         try:
             self._lock()
             self.size = self._file.seek(0, os.SEEK_END)
@@ -669,17 +679,16 @@ class Files:
 
     def open(self, digest: str, size: int) -> BinaryIO | None:
         """The content, open for reading; None when it is missing or not of this size."""
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         try:
-            descriptor = os.open(self.path(digest), flags)
+            file = open(self.path(digest), "rb", buffering=0, opener=no_follow)  # noqa: SIM115
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR):
                 return None
             raise
-        if os.fstat(descriptor).st_size != size:
-            os.close(descriptor)
+        if os.fstat(file.fileno()).st_size != size:
+            file.close()
             return None
-        return open(descriptor, "rb", buffering=0)
+        return file
 
     def place(self, upload: UploadFile, digest: str) -> bool:
         """Give an upload whose bytes are durable its digest's name too, durably; whether that name is new.
@@ -734,8 +743,8 @@ class Files:
     def keep_reserve(self) -> None:
         """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
         path = f"{self.root}/reserve"
-        if self.durable and not os.path.exists(path) and self.free_space() > 2 * RESERVE_SIZE:
-            with open(path, "wb", buffering=0) as file:
+        if self.durable and not os.path.lexists(path) and self.free_space() > 2 * RESERVE_SIZE:
+            with open(path, "wb", buffering=0, opener=no_follow) as file:
                 file.write(bytes(RESERVE_SIZE))
 
     def release_reserve(self) -> None:
@@ -807,9 +816,10 @@ class Generation:
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         self._map: mmap.mmap | None = None
+        self._read_only = read_only
         if read_only and not os.path.exists(path):
             return  # nothing changes, then, or nobody says so: lookups are kept for LOOKUP_LIFETIME
-        with open(path, "rb" if read_only else "ab+", buffering=0) as file:
+        with open(path, "rb" if read_only else "ab+", buffering=0, opener=no_follow) as file:
             if os.fstat(file.fileno()).st_size < GENERATION_SIZE:
                 file.write(bytes(GENERATION_SIZE))
             access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
@@ -821,7 +831,7 @@ class Generation:
 
     def change(self) -> None:
         """Something was committed: after that, and before anybody is told."""
-        if self._map:
+        if self._map and not self._read_only:
             self._map[:] = secrets.token_bytes(GENERATION_SIZE)
 
     def close(self) -> None:
@@ -888,10 +898,14 @@ class Store:
         self._generation.change()  # a process that was killed may have owed this
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection. Where nothing can be written, not even SQLite's own locks, it needs none."""
-        mode = "rwc"
-        if self.read_only:
-            mode = "ro" if os.access(self.files.root, os.W_OK) else "ro&immutable=1"
+        """A connection. On a medium that nobody can write to, it takes no locks, which would be files."""
+        mode = "ro" if self.read_only else "rwc"
+        if (
+            self.read_only
+            and not os.access(self.files.root, os.W_OK)
+            and not os.path.exists(f"{self._path}-wal")
+        ):
+            mode = "ro&immutable=1"
         connection = sqlite3.connect(
             f"file:{quote(os.path.abspath(self._path))}?mode={mode}",
             uri=True,
@@ -1278,8 +1292,10 @@ class Store:
     def _open_session(self, session: str, algorithm: str) -> UploadFile:
         try:
             return UploadFile(self.files.upload_path(session), algorithm, self.files.admit, create=False)
-        except FileNotFoundError:
-            raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
+            raise
 
     def _session_algorithm(self, name: str, session: str) -> str:
         rows = self.read("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
@@ -1290,10 +1306,11 @@ class Store:
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""
         self._session_algorithm(name, session)
-        try:
-            return os.stat(self.files.upload_path(session)).st_size
-        except FileNotFoundError:
-            raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(self.files.upload_path(session))
+            if stat.S_ISREG(status.st_mode):
+                return status.st_size
+        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
 
     def cancel_session(self, name: str, session: str) -> None:
         """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
@@ -1448,7 +1465,7 @@ class Store:
             return
         missing = [digest for digest in manifest.required if not self._is_linked(db, name, digest)]
         if missing:
-            raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *missing)
+            raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *missing[:DETAIL_LIMIT])
 
     def _record_manifest(
         self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
@@ -1901,7 +1918,10 @@ def password_check(hashed: str) -> Callable[[str], bool]:
     if match:
         ln, r, p = int(match[1]), int(match[2]), int(match[3])
         salt, expected = _unbase64(match[4]), _unbase64(match[5])
-        _scrypt("", salt, ln, r, p)  # raises ValueError for what it cannot do
+        try:
+            _scrypt("", salt, ln, r, p)
+        except (TypeError, ValueError, OverflowError, MemoryError):  # as its release of OpenSSL likes
+            raise ValueError("a scrypt hash that takes too much memory here") from None
         return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
     compute = _htpasswd_hash(hashed)
     return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
@@ -1922,7 +1942,7 @@ def _htpasswd_hash(hashed: str) -> Callable[[str], str]:
     crypt = system_crypt()
     if hashed.startswith("$") and crypt and (crypt("", hashed) or "*").startswith(hashed[:4]):
         return lambda password: crypt(password, hashed)
-    raise ValueError(f"a hash that begins with {hashed[:4]!r} cannot be checked here; set it with passwd")
+    raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
 def apr1(password: bytes, salt: bytes) -> str:
@@ -2115,18 +2135,23 @@ class Access:
         proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if self._verified.get(proof):
             return name
-        limits = {address: ADDRESS_FAILURE_LIMIT, (address, name): FAILURE_LIMIT}
-        if any((self._failures.get(key) or 0) >= limit for key, limit in limits.items()):
-            seconds = str(int(FAILURE_INTERVAL))
-            raise RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", seconds),))
         with self._hashing:
-            verified = check(password)
-        if not verified:
-            for key in limits:
-                self._failures.put(key, (self._failures.get(key) or 0) + 1, FAILURE_INTERVAL)
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+            self._check_failures(address, name)
+            if not check(password):
+                self._count_failure(address, name)
+                raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         self._verified.put(proof, True, PASSWORD_LIFETIME)
         return name
+
+    def _check_failures(self, address: str, name: str) -> None:
+        for key, limit in ((address, ADDRESS_FAILURE_LIMIT), ((address, name), FAILURE_LIMIT)):
+            if (self._failures.get(key) or 0) >= limit:
+                seconds = str(int(FAILURE_INTERVAL))
+                raise RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", seconds),))
+
+    def _count_failure(self, address: str, name: str) -> None:
+        for key in (address, (address, name)):
+            self._failures.put(key, (self._failures.get(key) or 0) + 1, FAILURE_INTERVAL)
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
         """A token for as much of what is requested as the user may do, as the token endpoint answers it.
@@ -2189,12 +2214,15 @@ def parse_scope(text: str) -> list[Scope]:
 
 def load_key(path: str, *, create: bool) -> bytes:
     """The key that signs tokens, made if there is none: tokens outlive a restart."""
-    with contextlib.suppress(FileNotFoundError):
-        return Path(path).read_bytes()
-    if not create:
+    if create and not os.path.lexists(path):
+        replace_file(f"{path}.{secrets.token_hex(8)}", path, secrets.token_bytes(32), exclusive=True)
+    try:
+        with open(path, "rb", opener=no_follow) as file:
+            return file.read()
+    except FileNotFoundError:
+        if create:
+            raise
         return b""
-    replace_file(f"{path}.{secrets.token_hex(8)}", path, secrets.token_bytes(32), exclusive=True)
-    return Path(path).read_bytes()
 
 
 def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool = False) -> None:
@@ -2624,11 +2652,15 @@ class Request:
         """How the client reaches this registry, as far as it or a proxy says."""
         if self.site.public_url:
             return self.site.public_url.rstrip("/")
-        scheme = self.headers.get("x-forwarded-proto", "https" if self.site.secure else "http")
-        host = self.headers.get("x-forwarded-host", self.headers.get("host", ""))
+        scheme = self._forwarded("x-forwarded-proto") or ("https" if self.site.secure else "http")
+        host = self._forwarded("x-forwarded-host") or self.headers.get("host", "")
         if scheme not in ("http", "https") or not HOST.fullmatch(host):
             raise RegistryError(ErrorCode.BAD_REQUEST, "no usable Host")
         return f"{scheme}://{host}"
+
+    def _forwarded(self, name: str) -> str:
+        """What the proxy nearest to the client says, if there is one."""
+        return self.headers.get(name, "").partition(",")[0].strip()
 
 
 def parse_parameters(query: str, name: str) -> list[str]:
@@ -2994,7 +3026,9 @@ def referrer_page(referrers: list[Referrer]) -> list[dict[str, Any]]:
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
     require_access(request)
-    caller = identify(request, 'Basic realm="registry"')
+    caller = identify(request, basic_challenge)
+    if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
+        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
     return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
 
 
@@ -3014,7 +3048,7 @@ def token_post(request: Request) -> Reply:
     try:
         user = request.site.access.log_in(values["username"], values["password"], request.address)
     except RegistryError as error:
-        raise with_challenge(error, 'Basic realm="registry"') from None
+        raise with_challenge(error, basic_challenge) from None
     return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
 
 
@@ -3030,19 +3064,24 @@ def token_reply(request: Request, user: str | None, scopes: list[str], service: 
     if service and service != access.service:
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     if user is None and not access.admits_anonymous():
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), 'Basic realm="registry"')
+        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
     requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
     return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
 
 
-def with_challenge(error: RegistryError, challenge: str) -> RegistryError:
+def basic_challenge() -> str:
+    """Ask for a user name and password."""
+    return 'Basic realm="registry"'
+
+
+def with_challenge(error: RegistryError, challenge: Callable[[], str]) -> RegistryError:
     """An error that tells the client how to log in, if that is what it is about."""
     if error.code is ErrorCode.UNAUTHORIZED:
-        error.headers = (("WWW-Authenticate", challenge),)
+        error.headers = (("WWW-Authenticate", challenge()),)
     return error
 
 
-def identify(request: Request, challenge: str) -> Caller:
+def identify(request: Request, challenge: Callable[[], str]) -> Caller:
     """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
     authorization = request.headers.get("authorization", "")
     try:
@@ -3145,7 +3184,7 @@ def authorize(request: Request, action: str, name: str) -> None:
     """
     access = request.site.access
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    challenge = bearer_challenge(request, None if action == "login" else scope)
+    challenge = functools.partial(bearer_challenge, request, None if action == "login" else scope)
     request.caller = caller = identify(request, challenge)
     if caller != Caller(None) if action == "login" else access.allows(caller, scope):
         return
@@ -3217,7 +3256,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         """Called by socketserver before handle."""
-        self.idle = True
+        self.thread = threading.current_thread()
+        self.idle_since = time.monotonic()  # 0.0 while it is busy
         self.server.opened(self)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -3258,7 +3298,7 @@ class Connection(socketserver.BaseRequestHandler):
         data = self.wire.read_head()
         if not data:
             return False
-        self.idle, started = False, time.perf_counter()
+        self.idle_since, started = 0.0, time.perf_counter()
         request = Request(self.server.site, self.wire, self.client_address[0], self.certified)
         reply = Reply(CLIENT_GONE)
         try:
@@ -3271,7 +3311,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._log(request, reply, started)
         if not keep:
             self._linger()
-        self.idle = True
+        self.idle_since = time.monotonic()
         return keep and not self.server.stopping
 
     def _answer(self, request: Request, data: bytes) -> Reply:
@@ -3311,8 +3351,9 @@ class Connection(socketserver.BaseRequestHandler):
         moment, client = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self.client_address[0]
         milliseconds = (time.perf_counter() - started) * 1000
         agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
+        target = CREDENTIALS.sub("//", request.target)
         self.server.log(
-            f"{moment} {client} {request.method} {request.target} {reply.status} {reply.length}"
+            f"{moment} {client} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"
         )
 
@@ -3395,12 +3436,14 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
+        if len(self._serving) >= self._max_connections:
+            idle = [connection for connection in list(self._connections) if connection.idle_since]
+            if idle:
+                longest = min(idle, key=lambda connection: connection.idle_since)
+                longest.hang_up()
+                longest.thread.join(EVICTION_TIMEOUT)
         if len(self._serving) < self._max_connections:
             return True
-        for connection in list(self._connections):
-            if connection.idle:
-                connection.hang_up()
-                return True
         with contextlib.suppress(OSError):
             reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
             request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
@@ -3416,8 +3459,10 @@ class Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
-        super().process_request_thread(request, client_address)
-        self._serving.discard(threading.current_thread())
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._serving.discard(threading.current_thread())
 
     def opened(self, connection: Connection) -> None:
         """A connection's thread has begun."""
@@ -3441,7 +3486,7 @@ class Server(ThreadingHTTPServer):
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
         deadline = time.monotonic() + timeout
         while self._serving and time.monotonic() < deadline:
-            self._hang_up(lambda connection: connection.idle)
+            self._hang_up(lambda connection: connection.idle_since > 0)
             self._join(0.05)
         self._hang_up(lambda connection: True)
         self._join(1.0)
@@ -3535,6 +3580,7 @@ class Registry:
 
     def open(self, listener: socket.socket | None = None, lifeline: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
+        self._check_options()
         with contextlib.ExitStack() as resources:
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
@@ -3568,6 +3614,10 @@ class Registry:
                 f"cannot listen on {self.listen} port {self.port}: {reason}; choose another --host or --port"
             ) from error
 
+    def _check_options(self) -> None:
+        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
+            raise StartupError("a key or a CA for clients needs a certificate too; give --tls-cert")
+
     def _open_server(self, listener: socket.socket, lifeline: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
@@ -3582,7 +3632,13 @@ class Registry:
         certificates = self.tls_client_ca is not None
         key = b""
         if self.users or certificates:
-            key = load_key(os.path.join(self.store.files.root, "token.key"), create=not self.read_only)
+            path = os.path.join(self.store.files.root, "token.key")
+            try:
+                key = load_key(path, create=not self.read_only)
+            except OSError as error:
+                raise StartupError(
+                    f"cannot use {path}: {error.strerror}; remove it if it is no file"
+                ) from error
         return Access(
             self.users, self.grants, anonymous_pull=self.anonymous_pull, certificates=certificates, key=key
         )
@@ -3877,8 +3933,8 @@ def command_verify(options: argparse.Namespace) -> int:
 
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
-    if ":" in options.name or not options.name.isprintable() or options.name.strip() != options.name:
-        raise StartupError("a user's name has no colon and no space around it")
+    if not re.fullmatch(r"[^\s:#](?:[^:]*[^\s:])?", options.name) or not options.name.isprintable():
+        raise StartupError("a user's name has no colon, no space around it, and does not begin with #")
     try:
         text = Path(options.users).read_text(encoding="utf-8") if os.path.exists(options.users) else ""
         lines = text.splitlines()

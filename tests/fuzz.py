@@ -1,11 +1,12 @@
 """A fuzz run: valid requests, mutated in meaning or in framing, over raw sockets, many on a connection.
 
-    python tests/fuzz.py [--requests 100000] [--seed N] [--connections 6] [--batch N]
+    python tests/fuzz.py [--requests 100000] [--seed N] [--users] [--connections 6] [--batch N]
 
 Every batch follows from the seed and its number alone, so `--seed S --batch N` sends one batch again.
 What must hold: no 5xx, no hang, every valid request between the mutants served, nothing stored that was
 not acknowledged, no line of the log forged, no thread, socket or file left. Prints totals; exits 1 after a
-failure.
+failure. With --users, the daemon asks who is there, and the run should not take five minutes: by then it
+has forgotten that the password was right, and remembers too many wrong ones.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.credentials import AuthorizedClient, basic, users_line
 from tests.support import (
     OCI_CONFIG,
     OCI_INDEX,
@@ -59,7 +61,7 @@ SESSIONS = 2
 NAME = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SESSION_ID = re.compile(r"[0-9a-f]{32}")
-KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|generation|reserve|blobs|uploads")
+KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|generation|reserve|token\.key|blobs|uploads")
 
 
 # === Content ===
@@ -74,6 +76,7 @@ REFERRER = image_manifest(
 )
 MANIFESTS = {encode(IMAGE): OCI_MANIFEST, encode(INDEX): OCI_INDEX, encode(REFERRER): OCI_MANIFEST}
 HONEST = "honest/image"  # no mutated request ever names it
+USER, PASSWORD = "fuzzer", "secret"
 MUTATED = ("fuzz/a", "fuzz/b/blobs/uploads", "fuzz/manifests/tags")
 
 
@@ -112,6 +115,9 @@ class Message:
         elif self.body is not None:
             lines.append(f"Content-Length: {len(body)}")
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+FORM = f"grant_type=password&username={USER}&password={PASSWORD}&scope=repository:".encode()
 
 
 def honest_message(rng: Random) -> Message:
@@ -156,6 +162,13 @@ def fuzz_message(rng: Random) -> Message:
         [
             ("GET", "/v2/", [], None),
             ("GET", "/v2/_catalog?n=3&last=a", [], None),
+            (
+                "GET",
+                f"/token?account=x&scope=repository:{other}:pull,push&scope=registry:catalog:*",
+                [],
+                None,
+            ),
+            ("POST", "/token", [], FORM + other.encode()),
             ("GET", f"{base}/tags/list?n=2&last=t1", [], None),
             ("GET", f"{base}/blobs/{digest}", [("Range", "bytes=1-5")], None),
             ("GET", f"{base}/blobs/{digest}", [("If-None-Match", f'"{digest}"')], None),
@@ -228,7 +241,6 @@ HEADER_VALUES = (
     "*",
     '"',
     'W/"x"',
-    "Basic Og==",
     "Basic \xff",
     "Basic " + "A" * 3000,
     "Bearer a.b.c",
@@ -300,6 +312,10 @@ def add_query(rng: Random, message: Message) -> None:
     joint = "&" if "?" in message.target else "?"
     value = rng.choice((*NUMBERS, *DIGESTS, *TARGET_PIECES, *MUTATED, OCI_MANIFEST, "a%2Bb"))
     message.target += f"{joint}{rng.choice(QUERIES)}={value}" * rng.choice((1, 1, 1, 2, 60))
+
+
+def change_number(rng: Random, message: Message) -> None:
+    message.target = re.sub(r"n=\d+", f"n={rng.choice(NUMBERS)}", message.target)
 
 
 def change_method(rng: Random, message: Message) -> None:
@@ -382,7 +398,7 @@ def _nodes(document: Any) -> Iterable[tuple[Any, Any]]:
 
 MEANINGS: tuple[Callable[[Random, Message], None], ...] = (
     insert_piece, encode_some, change_segments, change_digest, add_query, change_method, add_header,
-    change_header, change_range, change_body, change_json, change_json,
+    change_header, change_number, change_range, change_range, change_body, change_json, change_json,
 )  # fmt: skip
 
 
@@ -534,10 +550,9 @@ class Batch:
     number: int
     messages: list[Message]
     tail: bytes
+    probe: Message
     pieces: int  # that it is sent in
     reset: bool  # instead of reading any reply
-
-    PROBE = Message("GET", "/v2/", [("Connection", "close")], expected=(200, b"{}\n"))
 
     @property
     def size(self) -> int:
@@ -545,7 +560,7 @@ class Batch:
         return len(self.messages) + bool(self.tail) + 1
 
     def render(self, sessions: list[str]) -> bytes:
-        data = b"".join(message.render() for message in self.messages) + self.tail + self.PROBE.render()
+        data = b"".join(message.render() for message in self.messages) + self.tail + self.probe.render()
         for number, session in enumerate(sessions):
             data = data.replace((SESSION % number).encode(), session.encode())
         return data
@@ -555,8 +570,8 @@ class Batch:
         return any("@" in message.target for message in self.messages) or b"@" in self.tail
 
 
-def make_batch(seed: int, number: int) -> Batch:
-    """A batch that follows from seed and number alone."""
+def make_batch(seed: int, number: int, authorization: str = "") -> Batch:
+    """A batch that follows from seed and number alone; authorization: what its valid requests send."""
     rng = Random(f"{seed}/{number}")
     messages = [make_message(rng) for _ in range(rng.randint(1, LONGEST_BATCH))]
     tail = b""
@@ -568,7 +583,10 @@ def make_batch(seed: int, number: int) -> Batch:
     reset = rng.random() < 0.02
     if reset:  # nobody would learn what was acknowledged: such batches only read
         messages, tail = [message for message in messages if message.method in ("GET", "HEAD")], b""
-    return Batch(number, messages, tail, rng.choice((1, 1, 1, 2, 7, 40)), reset)
+    probe = Message("GET", "/v2/", [("Connection", "close")], expected=(200, b"{}\n"))
+    for message in [*messages, probe] if authorization else ():
+        message.headers.append(("Authorization", authorization))
+    return Batch(number, messages, tail, probe, rng.choice((1, 1, 1, 2, 7, 40)), reset)
 
 
 def make_message(rng: Random) -> Message:
@@ -621,8 +639,9 @@ class Exchange(RawConnection):
 class Fuzzer:
     """One run against one daemon."""
 
-    def __init__(self, daemon: Daemon, seed: int) -> None:
+    def __init__(self, daemon: Daemon, seed: int, authorization: str = "") -> None:
         self.seed = seed
+        self.authorization = authorization
         self.requests = 0
         self.replies: Counter[int] = Counter()
         self.failures: list[str] = []
@@ -640,7 +659,7 @@ class Fuzzer:
         """Send so many requests, and look at what is left."""
         before = resources(self._daemon.process.pid)
         for name in (HONEST, *MUTATED):
-            fill(Client(self._host, name))
+            fill(self._client(name))
         self.acknowledged.update(self.data.recorded())
         bystander = threading.Thread(target=self._stand_by)
         workers = [threading.Thread(target=self._work, args=(requests,)) for _ in range(connections)]
@@ -655,19 +674,22 @@ class Fuzzer:
     def run_batch(self, number: int) -> None:
         """Send one batch of the run that has this seed."""
         for name in (HONEST, *MUTATED):
-            fill(Client(self._host, name))
-        self._send(make_batch(self.seed, number))
+            fill(self._client(name))
+        self._send(make_batch(self.seed, number, self.authorization))
+
+    def _client(self, repository: str) -> Client:
+        return AuthorizedClient(self._host, repository, self.authorization)
 
     def _work(self, requests: int) -> None:
         while self.requests < requests and len(self.failures) < FAILURE_LIMIT:
-            batch = make_batch(self.seed, next(self._numbers))
+            batch = make_batch(self.seed, next(self._numbers), self.authorization)
             with self._lock:
                 self.requests += batch.size
             self._send(batch)
 
     def _stand_by(self) -> None:
         """An honest client beside all that; how long it waits for each reply."""
-        client = Client(self._host, "honest/bystander")
+        client = self._client("honest/bystander")
 
         def visit() -> None:
             with client.keep_alive() as kept:
@@ -697,7 +719,7 @@ class Fuzzer:
         self._examine(lambda: self._exchange(batch, sent), headline, sent)
 
     def _open_sessions(self) -> list[str]:
-        with Client(self._host, MUTATED[0]).keep_alive() as client:
+        with self._client(MUTATED[0]).keep_alive() as client:
             return [client.open_upload().rpartition("/")[2] for _ in range(SESSIONS)]
 
     def _exchange(self, batch: Batch, sent: bytes) -> None:
@@ -706,11 +728,11 @@ class Fuzzer:
             if batch.reset:
                 connection.reset()
                 return
-            for message in [*batch.messages, *([] if batch.tail else [batch.PROBE])]:
+            for message in [*batch.messages, *([] if batch.tail else [batch.probe])]:
                 reply = self._read(connection, message.method)
                 self._check.assertIsNotNone(reply, f"no reply to {message}")
                 self._check_reply(reply, message)
-                if "Connection" in reply.headers and message is not batch.PROBE:
+                if "Connection" in reply.headers and message is not batch.probe:
                     self._check.assertIsNone(message.expected, f"hung up after {message}")
                     break
             else:
@@ -757,7 +779,7 @@ class Fuzzer:
         while resources(pid) != before and time.monotonic() < deadline:
             time.sleep(0.02)
         check.assertEqual(resources(pid), before, "threads, sockets and files held before and after")
-        fill(Client(self._host, "honest/afterwards"))
+        fill(self._client("honest/afterwards"))
         recorded = self.data.recorded()
         check.assertEqual(self.data.files(), recorded)
         check.assertEqual(set(recorded) - self.acknowledged, set(), "stored, but not acknowledged")
@@ -820,10 +842,17 @@ def peak_memory(pid: int) -> str:
     return re.search(r"VmHWM:\s*(.*)", status)[1]
 
 
-def fuzz(requests: int, seed: int, connections: int = 6, batch: int | None = None) -> tuple[Fuzzer, str]:
-    """Run against a daemon of its own; the run, and one line that sums it up."""
-    with tempfile.TemporaryDirectory() as data, Daemon(data, "--no-sync") as daemon:
-        fuzzer, started = Fuzzer(daemon, seed), time.monotonic()
+def fuzz(
+    requests: int, seed: int, *, users: bool = False, connections: int = 6, batch: int | None = None
+) -> tuple[Fuzzer, str]:
+    """Run against a daemon of its own, with users or without; the run, and one line that sums it up."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (directory / "users.txt").write_text(users_line(USER, PASSWORD), "utf-8")
+        options = ["--users", str(directory / "users.txt"), "--anonymous-pull"] if users else []
+        daemon = stack.enter_context(Daemon(directory / "data", "--no-sync", *options))
+        authorization = basic(USER, PASSWORD) if users else ""
+        fuzzer, started = Fuzzer(daemon, seed, authorization), time.monotonic()
         if batch is None:
             fuzzer.run(requests, connections)
         else:
@@ -846,12 +875,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None, help="(default: a new one each time)")
+    parser.add_argument("--users", action="store_true", help="against a daemon that asks who is there")
     parser.add_argument("--connections", type=int, default=6, help="at once")
     parser.add_argument("--batch", type=int, default=None, help="send only this batch of the seed's run")
     options = parser.parse_args()
     seed = Random().randrange(10**9) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    fuzzer, summary = fuzz(options.requests, seed, options.connections, options.batch)
+    fuzzer, summary = fuzz(
+        options.requests, seed, users=options.users, connections=options.connections, batch=options.batch
+    )
     for failure in fuzzer.failures:
         print(failure, file=sys.stderr)
     print(summary)

@@ -295,9 +295,7 @@ class FramingTest(HTTPConnectionTestCase):
             with self.subTest(line[:60]):
                 connection = self.send(line + b"\r\nHost: a\r\n\r\n")
                 response = connection.read()
-                self.assertTrue(
-                    response.status in (200, 204, 501) or 400 <= response.status < 500, response
-                )
+                self.assertTrue(response.status in (200, 204, 501) or 400 <= response.status < 500, response)
                 self.assert_clean_afterwards(connection)
 
     def test_a_missing_or_repeated_host_is_answered(self) -> None:
@@ -522,9 +520,7 @@ class KeepAliveTest(HTTPConnectionTestCase):
 
     def test_requests_sent_ahead_are_answered_in_order(self) -> None:
         host = b"Host: a\r\n"
-        get = (
-            b"GET " + self.client.path(f"blobs/{HELLO_DIGEST}").encode() + b" HTTP/1.1\r\n" + host + b"\r\n"
-        )
+        get = b"GET " + self.client.path(f"blobs/{HELLO_DIGEST}").encode() + b" HTTP/1.1\r\n" + host + b"\r\n"
         post = b"POST " + self.upload.encode() + b" HTTP/1.1\r\n" + host + b"Content-Length: 5\r\n\r\nhello"
         root = b"GET /v2/ HTTP/1.1\r\n" + host + b"\r\n"
         connection = self.send(get + root + post + get + root + get.replace(b"GET", b"HEAD") + get + root)
@@ -691,9 +687,7 @@ class ReplyTest(HTTPConnectionTestCase):
                 self.assertLess(response.status, 300, response)
                 self.assertTrue(response.headers["Location"].startswith(f"/v2/{self.client.repository}/"))
 
-    def exchange(
-        self, method: str, path: str, body: bytes | None, lines: list[tuple[str, str]]
-    ) -> Response:
+    def exchange(self, method: str, path: str, body: bytes | None, lines: list[tuple[str, str]]) -> Response:
         head = [
             f"{method} {self.client.path(path)} HTTP/1.1",
             *(f"{name}: {value}" for name, value in lines),

@@ -92,9 +92,7 @@ class PushTest(ManifestTestCase):
             "unheard-of index": image_index([child], mediaType=unknown),
             "empty index": image_index([]),
             "repeated child": image_index([child, {**child, "platform": {"os": "linux"}}]),
-            "attestation": image_index(
-                [{**child, "platform": {"os": "unknown", "architecture": "unknown"}}]
-            ),
+            "attestation": image_index([{**child, "platform": {"os": "unknown", "architecture": "unknown"}}]),
         }.items():
             with self.subTest(name):
                 body = encode(manifest)

@@ -220,9 +220,7 @@ class SessionTest(UploadTestCase):
                     content = unique()
                     digest = digest_of(content, algorithm)
                     location = self.client.open_upload()
-                    response = self.client.put(
-                        with_digest(location, digest), content, {"Content-Type": kind}
-                    )
+                    response = self.client.put(with_digest(location, digest), content, {"Content-Type": kind})
                     self.assert_pushed(response, self.client, digest)
                     self.assert_blob(self.client, content, algorithm)
                     self.assert_no_session(location)
@@ -358,9 +356,7 @@ class SessionTest(UploadTestCase):
         locations = [with_digest(client.open_upload(), digest_of(content)) for client in clients]
         puts = [functools.partial(self.client.put, location, content) for location in locations]
         self.assertEqual({response.status for response in run_at_once(*puts)}, {201})
-        self.assertEqual(
-            self.data.links(digest_of(content)), [self.client.repository, self.other.repository]
-        )
+        self.assertEqual(self.data.links(digest_of(content)), [self.client.repository, self.other.repository])
         self.assert_consistent()
 
     def test_cancelling_and_finishing_at_once_leaves_one_outcome(self) -> None:

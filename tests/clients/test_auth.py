@@ -5,8 +5,6 @@ Two daemons share a data directory: one that asks who is there, and an open one 
 
 from __future__ import annotations
 
-import re
-import select
 import shutil
 import unittest
 from pathlib import Path
@@ -14,9 +12,7 @@ from typing import ClassVar
 
 import test_conformance
 from support import (
-    STARTUP,
     ClientTest,
-    Engine,
     Layout,
     Registry,
     build_context,
@@ -37,21 +33,13 @@ class Guarded(Registry):
 
     def __init__(self, directory: Path, data: Path, *options: str) -> None:
         directory.mkdir()
+        data.mkdir(exist_ok=True)
+        (directory / "registry-data").symlink_to(data)
         users, grants = directory / "users.txt", directory / "grants.txt"
         names = ("pusher", "puller", "stranger")
         users.write_text("".join(users_line(name, PASSWORD) for name in names), "utf-8")
         grants.write_text(GRANTS, "utf-8")
-        access = ("--data", str(data), "--users", str(users), "--grants", str(grants))
-        super().__init__(directory, *access, *options)
-
-    def _announced_address(self) -> str:
-        """The address out of `Serving DIR at https://127.0.0.1:PORT`."""
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], STARTUP)
-        match = re.search(r" at https?://(\S+)$", self.process.stdout.readline() if ready else "")
-        if match is None:
-            raise AssertionError(f"the registry announced no address\n{self.log()}")
-        return match[1]
+        super().__init__(directory, "--users", str(users), "--grants", str(grants), *options)
 
 
 def certified(directory: Path) -> tuple[list[str], Path]:
@@ -79,7 +67,7 @@ class AuthTest(ClientTest):
 
     @classmethod
     def certify(cls) -> list[str]:
-        """Make an authority, which clients find alone in a directory; a daemon's options for a certificate."""
+        """Make an authority, which clients find alone in a directory; the daemon's options for its part."""
         options, certificate = certified(cls.temp / "authority")
         cls.trusted = cls.temp / "trusted" / "ca.crt"
         cls.trusted.parent.mkdir()
@@ -90,7 +78,9 @@ class AuthTest(ClientTest):
         super().setUp()
         self.guarded = f"{self.daemon.address}/{self.name}"
         self.env = {**self.env, "DOCKER_CONFIG": str(self.directory / "docker")}
-        self.env["REGISTRY_AUTH_FILE"] = str(self.directory / "auth.json")
+        logins = self.directory / "auth.json"
+        logins.write_text("{}", "utf-8")
+        self.env["REGISTRY_AUTH_FILE"] = str(logins)
 
     def layout(self) -> Layout:
         return image_layout(self.directory / "source", self.name)
@@ -223,7 +213,8 @@ class CraneAuthTest(AuthTest):
         self.ok("crane", "push", str(layout.path), public)
         self.ok("crane", "auth", "logout", self.daemon.address)
         self.ok("crane", "validate", "--remote", public)
-        self.assertRegex(self.fails("crane", "push", str(layout.path), public), REFUSED)
+        other = image_layout(self.directory / "other", "another greeting")
+        self.assertRegex(self.fails("crane", "push", str(other.path), public), REFUSED)
 
     def test_copy_mounts_what_the_user_may_pull(self) -> None:
         layout = self.layout()
@@ -303,22 +294,15 @@ class DockerAuthTest(AuthTest):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        socket = f"unix://{cls.temp}/docker.sock"
-        options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--host", socket]
-        options += ["--data-root", f"{cls.temp}/docker", "--exec-root", f"{cls.temp}/run"]
-        options += ["--pidfile", f"{cls.temp}/docker.pid"]
-        cls.env["DOCKER_HOST"] = socket
-        engine = Engine(["dockerd", *options], ["docker", "version"], cls.temp / "dockerd.log", cls.env)
-        cls.addClassCleanup(engine.close)
+        cls.start_dockerd()
 
     def login(self, name: str, password: str = PASSWORD) -> tuple[str, ...]:
         return ("docker", "login", "--username", name, "--password", password, self.daemon.address)
 
     def build(self, image: str) -> str:
         context = build_context(self.directory / "context", f"hello from {self.name}")
-        self.ok_both(
-            "docker", "build", "--network", "none", "--tag", image, str(context), DOCKER_BUILDKIT="0"
-        )
+        options = ("--network", "none", "--tag", image)
+        self.ok_both("docker", "build", *options, str(context), DOCKER_BUILDKIT="0")
         return image
 
     def run_image(self, image: str) -> str:
@@ -347,10 +331,6 @@ class DockerAuthTest(AuthTest):
         self.ok(*self.login("puller"))
         self.ok("docker", "pull", image)
         self.assertEqual(self.run_image(image), f"hello from {self.name}")
-
-    def test_wrong_password_is_refused(self) -> None:
-        self.assertRegex(self.fails(*self.login("pusher", "wrong")), REFUSED)
-        self.assertRegex(self.fails(*self.login("nobody")), REFUSED)
 
     def test_push_of_somebody_who_may_only_pull_is_denied(self) -> None:
         image = self.build(f"{self.guarded}:v1")

@@ -1,35 +1,18 @@
-"""TLS: clients that know the certificate authority, and clients with a certificate of their own."""
+"""TLS with what `test_auth` leaves out: containerd, docker, and clients with a certificate of their own."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import unittest
 from pathlib import Path
 from typing import ClassVar
 
-from support import ClientTest, build_context, image_layout, program
+from support import ClientTest, build_context, image_layout
+
+from tests.certificates import Authority
 
 UNTRUSTED = "(?i)x509|certificate"
 REFUSED = "(?i)unauthorized|authentication required"
-
-# CA, then the registry's certificate and a client's, whose common name is the user.
-OPENSSL = """\
-req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.crt -subj /CN=authority
-req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=registry
-x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.crt
-req -newkey rsa:2048 -nodes -keyout client.key -out client.csr -subj /CN=alice
-x509 -req -in client.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -out client.cert
-"""
-
-
-def make_certificates(directory: Path) -> None:
-    """All the keys and certificates that the tests here need."""
-    directory.mkdir()
-    (directory / "names").write_text("subjectAltName = IP:127.0.0.1\n", "utf-8")
-    for line in OPENSSL.splitlines():
-        argv = [program("openssl"), *line.split()]
-        subprocess.run(argv, cwd=directory, check=True, capture_output=True)
 
 
 class TlsTest(ClientTest):
@@ -40,16 +23,16 @@ class TlsTest(ClientTest):
 
     @classmethod
     def registry_options(cls) -> list[str]:
-        certs, cls.trust, cls.identity = (cls.temp / name for name in ("certs", "trust", "identity"))
-        make_certificates(certs)
-        for directory, names in (
-            (cls.trust, ["ca.crt"]),
-            (cls.identity, ["ca.crt", "client.cert", "client.key"]),
-        ):
+        authority = Authority(cls.temp / "authority")
+        cls.trust, cls.identity = cls.temp / "trust", cls.temp / "identity"
+        for directory in (cls.trust, cls.identity):
             directory.mkdir()
-            for name in names:
-                shutil.copy(certs / name, directory)
-        return ["--tls-cert", f"{certs}/server.crt", "--tls-key", f"{certs}/server.key"]
+            shutil.copy(authority.certificate, directory / "ca.crt")
+        alice = authority.issue("alice")
+        shutil.copy(alice, cls.identity / "client.cert")
+        shutil.copy(alice.with_suffix(".key"), cls.identity / "client.key")
+        server = authority.issue("registry")
+        return ["--tls-cert", str(server), "--tls-key", str(server.with_suffix(".key"))]
 
     def setUp(self) -> None:
         super().setUp()
@@ -57,34 +40,9 @@ class TlsTest(ClientTest):
         self.image = f"{self.repository}:v1"
 
 
-class AuthorityTest(TlsTest):
-    programs = ("openssl", "crane", "ctr", "containerd", "docker", "dockerd", "oras", "runc", "skopeo")
+class EngineTest(TlsTest):
+    programs = ("openssl", "containerd", "ctr", "docker", "dockerd", "runc")
     needs_root = True
-
-    def test_skopeo(self) -> None:
-        push = ("skopeo", "copy", "--all", f"oci:{self.layout.path}:v1", f"docker://{self.image}")
-        self.assertRegex(self.fails(*push), UNTRUSTED)
-        self.ok(*push, f"--dest-cert-dir={self.trust}")
-        pull = ("skopeo", "copy", "--all", f"docker://{self.image}", f"oci:{self.directory}/back:v1")
-        self.ok(*pull, f"--src-cert-dir={self.trust}")
-        self.assert_same_layout(self.directory / "back", self.layout)
-
-    def test_oras(self) -> None:
-        push = ("oras", "cp", "--from-oci-layout", f"{self.layout.path}:v1", self.image)
-        self.assertRegex(self.fails(*push), UNTRUSTED)
-        self.ok(*push, f"--to-ca-file={self.trust}/ca.crt")
-        self.ok("oras", "cp", "--to-oci-layout", self.image, "back:v1", f"--from-ca-file={self.trust}/ca.crt")
-        self.assert_same_layout(self.directory / "back", self.layout)
-
-    def test_crane_with_the_authority_in_the_environment(self) -> None:
-        # Without it, crane falls back to plain HTTP on a loopback address, which nobody answers here.
-        image = image_layout(self.directory / "single", self.name)
-        push = ("crane", "push", str(image.path), self.image)
-        trusted = {"SSL_CERT_FILE": f"{self.trust}/ca.crt"}
-        self.fails(*push)
-        self.ok(*push, **trusted)
-        self.ok("crane", "pull", "--format=oci", self.image, "back", **trusted)
-        self.assert_same_layout(self.directory / "back", image)
 
     def test_ctr(self) -> None:
         ctr = ("ctr", "--address", self.start_containerd())

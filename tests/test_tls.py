@@ -1,0 +1,317 @@
+"""TLS: what it takes to connect, whom certificates name, and clients that never finish a handshake."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import socket
+import ssl
+import tempfile
+import threading
+import time
+import unittest
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import registry
+from tests.certificates import HAS_OPENSSL, Authority
+from tests.credentials import AuthorizedClient, basic, users_line
+from tests.support import (
+    MEBIBYTE,
+    TIMEOUT,
+    Body,
+    HTTPTestCase,
+    RawConnection,
+    Response,
+    digest_of,
+    elapsed,
+    with_digest,
+)
+
+
+class SecureClient(AuthorizedClient):
+    """A client that speaks TLS, each request on a connection of its own."""
+
+    def __init__(self, host: str, context: ssl.SSLContext, authorization: str = "") -> None:
+        super().__init__(host, "team/app", authorization)
+        self.context = context
+
+    def as_caller(self, authorization: str) -> SecureClient:
+        return SecureClient(self.host, self.context, authorization)
+
+    def request(self, method: str, path: str, body: Body = None, headers: Any = ()) -> Response:
+        secure = http.client.HTTPSConnection(self.host, timeout=TIMEOUT, context=self.context)
+        with contextlib.closing(secure) as self._connection:
+            return super().request(method, path, body, headers)
+
+
+@unittest.skipUnless(HAS_OPENSSL, "needs the openssl program")
+class TLSTestCase(HTTPTestCase):
+    """An authority for the class, and a registry with a certificate of its."""
+
+    authority: ClassVar[Authority]
+    server: ClassVar[Path]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.authority = Authority(Path(directory.name) / "ca")
+        cls.server = cls.authority.issue("server")
+
+    def setUp(self) -> None:
+        self.resources = contextlib.ExitStack()
+        self.addCleanup(self.resources.close)
+        self.directory = Path(self.resources.enter_context(tempfile.TemporaryDirectory()))
+        self.certificate, self.key = self.directory / "tls.crt", self.directory / "tls.key"
+        self.install(self.server)
+
+    def install(self, certificate: Path) -> None:
+        """Put a certificate and its key where the registry finds them, each in one step."""
+        for source, target in ((certificate, self.certificate), (certificate.with_suffix(".key"), self.key)):
+            new = target.with_name("new")
+            new.write_bytes(source.read_bytes())
+            new.replace(target)
+
+    def serve(self, **options: Any) -> SecureClient:
+        """Start a registry; a client that trusts it."""
+        files = {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
+        self.registry = self.resources.enter_context(registry.Registry(**{**files, **options}))
+        return SecureClient(self.registry.host, self.trusting())
+
+    def trusting(self, certificate: Path | None = None) -> ssl.SSLContext:
+        """A client's settings: it trusts the authority, and may have a certificate to show."""
+        context = ssl.create_default_context(cafile=str(self.authority.certificate))
+        if certificate:
+            context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        return context
+
+    def connect(self) -> RawConnection:
+        """A connection on which nobody has spoken TLS yet."""
+        return self.resources.enter_context(RawConnection(self.registry.host))
+
+    def common_name(self) -> str:
+        """Whose certificate the registry shows to a new client."""
+        host, _, port = self.registry.host.partition(":")
+        plain = socket.create_connection((host, int(port)), TIMEOUT)
+        with self.trusting().wrap_socket(plain, server_hostname=host) as secure:
+            return dict(part[0] for part in secure.getpeercert()["subject"])["commonName"]
+
+
+class ConnectionTest(TLSTestCase):
+    def test_images_are_pushed_and_pulled(self) -> None:
+        client = self.serve()
+        self.assertEqual(self.registry.url, f"https://{self.registry.host}")
+        image = client.push_image("latest")
+        self.assertEqual(client.get("manifests/latest").body, image.body)
+        for blob in image.blobs:
+            self.assertEqual(client.get(f"blobs/{digest_of(blob)}").body, blob)
+
+    def test_large_blobs_pass_in_every_form(self) -> None:
+        client = self.serve()
+        content = os.urandom(12 * MEBIBYTE + 1)
+        digest = digest_of(content)
+        for body in (content, iter([content[:1], content[1:MEBIBYTE], content[MEBIBYTE:]])):
+            location = client.expect(202, "PATCH", client.open_upload(), body).headers["Location"]
+            client.expect(201, "PUT", with_digest(location, digest))
+            self.assertEqual(digest_of(client.get(f"blobs/{digest}").body), digest)
+            part = client.get(f"blobs/{digest}", {"Range": "bytes=70000-9999999"})
+            self.assertEqual(digest_of(part.body), digest_of(content[70000:10_000_000]))
+            client.expect(202, "DELETE", f"blobs/{digest}")
+
+    def test_tls_before_1_2_is_refused(self) -> None:
+        client = self.serve()
+        for version, welcome in (("TLSv1", False), ("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)):
+            with self.subTest(version), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                context = self.trusting()
+                context.set_ciphers("ALL:@SECLEVEL=0")  # or it would not even ask for old versions
+                context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+                client.context = context
+                if welcome:
+                    self.assert_status(client.get("/v2/"), 200)
+                else:
+                    with self.assertRaisesRegex(ssl.SSLError, "(?i)alert.*version|unsupported"):
+                        client.get("/v2/")
+
+    def test_whoever_does_not_trust_the_authority_does_not_connect(self) -> None:
+        client = self.serve()
+        client.context = ssl.create_default_context()
+        with self.assertRaises(ssl.SSLCertVerificationError):
+            client.get("/v2/")
+        client.context = self.trusting()
+        self.assert_status(client.get("/v2/"), 200)
+
+    def test_the_realm_is_where_it_speaks_tls(self) -> None:
+        users = self.directory / "users.txt"
+        users.write_text(users_line("puller", "secret"))
+        client = self.serve(users=str(users))
+        self.assertIn(f'realm="https://{client.host}/token"', client.get("/v2/").headers["WWW-Authenticate"])
+        self.assert_status(client.as_caller(basic("puller", "secret")).get("/v2/"), 200)
+
+    def test_plain_http_is_hung_up_on(self) -> None:
+        client = self.serve()
+        for data in (b"GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\n", b"\x00" * 100, b"\xff" * 20_000):
+            connection = self.connect().send(data)
+            self.assertLess(elapsed(connection.drain), TIMEOUT)
+        self.assert_status(client.get("/v2/"), 200)
+
+    def test_key_and_certificate_may_be_in_one_file(self) -> None:
+        both = self.directory / "both.pem"
+        both.write_bytes(self.server.read_bytes() + self.server.with_suffix(".key").read_bytes())
+        self.assert_status(self.serve(tls_cert=str(both), tls_key=None).get("/v2/"), 200)
+
+    def test_files_that_do_not_fit_keep_it_from_starting(self) -> None:
+        other, empty = self.authority.issue("other").with_suffix(".key"), self.directory / "empty"
+        empty.write_bytes(b"")
+        for options in (
+            {"tls_key": str(other)},
+            {"tls_key": str(empty)},
+            {"tls_cert": str(empty)},
+            {"tls_cert": str(self.directory / "absent")},
+            {"tls_client_ca": str(empty)},
+            {"tls_client_ca": str(self.directory / "absent")},
+        ):
+            with self.subTest(options), self.assertRaises(registry.StartupError):
+                self.serve(**options)
+
+    def test_options_that_need_a_certificate_are_refused_without_one(self) -> None:
+        for option, path in (("tls_key", self.key), ("tls_client_ca", self.authority.certificate)):
+            with self.subTest(option), self.assertRaises(registry.StartupError):
+                self.serve(tls_cert=None, **{"tls_key": None, option: str(path)})
+
+
+class SilenceTest(TLSTestCase):
+    """Clients that connect and then leave it at that."""
+
+    def begin(self) -> list[RawConnection]:
+        """Connections in every state of a handshake that will not end."""
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"r" * 32
+        beginnings = [b"", b"\x16", hello[:5], hello] * 10
+        return [self.connect().send(beginning) for beginning in beginnings]
+
+    def test_they_do_not_stop_others(self) -> None:
+        client = self.serve()
+        self.begin()
+        for _ in range(10):
+            self.assertLess(elapsed(lambda: self.assert_status(client.get("/v2/"), 200)), 2)
+
+    def test_they_are_hung_up_on(self) -> None:
+        self.resources.enter_context(mock.patch.multiple(registry, HEADER_TIMEOUT=0.5, IDLE_TIMEOUT=0.5))
+        before = threading.active_count()
+        client = self.serve()
+        serving = threading.active_count()
+        for connection in self.begin():
+            self.assertLess(elapsed(connection.drain), TIMEOUT)
+        self.assert_status(client.get("/v2/"), 200)
+        self.assertTrue(self.settles_at(serving))
+        self.registry.close()
+        self.assertTrue(self.settles_at(before))
+
+    def test_those_who_vanish_leave_nothing(self) -> None:
+        client = self.serve()
+        serving = threading.active_count()
+        for connection in self.begin():
+            connection.reset()
+        self.assertTrue(self.settles_at(serving))
+        self.assert_status(client.get("/v2/"), 200)
+
+    def settles_at(self, threads: int) -> bool:
+        """Whether in the end there are so many threads."""
+        deadline = time.monotonic() + TIMEOUT
+        while threading.active_count() > threads and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return threading.active_count() == threads
+
+    def test_they_make_room_when_there_are_too_many(self) -> None:
+        client = self.serve(max_connections=8)
+        self.begin()
+        self.assert_status(client.get("/v2/"), 200)
+
+
+class ClientCertificateTest(TLSTestCase):
+    """The subject of a client's certificate is the user."""
+
+    def serve_certified(self, grants: str = "", **options: Any) -> SecureClient:
+        if grants:
+            options["grants"] = str(self.directory / "grants.txt")
+            Path(options["grants"]).write_text(grants, "utf-8")
+        return self.serve(tls_client_ca=str(self.authority.certificate), **options)
+
+    def showing(self, client: SecureClient, certificate: Path) -> SecureClient:
+        return SecureClient(client.host, self.trusting(certificate))
+
+    def test_a_certificate_lets_its_subject_in(self) -> None:
+        client = self.serve_certified()
+        self.assert_error(client.get("/v2/"), 401, "UNAUTHORIZED")
+        self.assert_error(client.get("/token"), 401, "UNAUTHORIZED")
+        self.assert_status(self.showing(client, self.authority.issue("alice")).get("/v2/"), 200)
+
+    def test_grants_are_its_subjects(self) -> None:
+        client = self.serve_certified("alice ** pull,push\nbob other pull\n")
+        alice, bob = (self.showing(client, self.authority.issue(name)) for name in ("alice", "bob"))
+        alice.push_image("latest")
+        self.assert_status(alice.get("manifests/latest"), 200)
+        self.assert_error(alice.delete("manifests/latest"), 403, "DENIED")
+        self.assert_error(bob.get("manifests/latest"), 403, "DENIED")
+        token = alice.bearer("repository:team/app:pull,push,delete")
+        self.assert_status(client.as_caller(token).get("manifests/latest"), 200)
+        self.assert_error(client.as_caller(token).delete("manifests/latest"), 403, "DENIED")
+
+    def test_credentials_go_before_it(self) -> None:
+        users = self.directory / "users.txt"
+        users.write_text(users_line("bob", "secret"))
+        client = self.serve_certified("alice ** pull\n", users=str(users))
+        alice = self.showing(client, self.authority.issue("alice"))
+        self.assert_error(alice.get("tags/list"), 404)
+        self.assert_error(alice.as_caller(basic("bob", "secret")).get("tags/list"), 403, "DENIED")
+        self.assert_error(alice.as_caller(basic("bob", "wrong")).get("tags/list"), 401, "UNAUTHORIZED")
+
+    def test_a_certificate_of_another_authority_is_worth_nothing(self) -> None:
+        client = self.serve_certified()
+        other = Authority(self.directory / "other")
+        for certificate in (other.issue("alice"), self.authority.issue("late", days=-1)):
+            with self.subTest(certificate.name):
+                mine = self.showing(client, certificate)
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    self.assert_status(mine.get("/v2/"), 401)
+
+    def test_without_the_option_a_certificate_is_not_asked_for(self) -> None:
+        users = self.directory / "users.txt"
+        users.write_text(users_line("bob", "secret"))
+        client = self.serve(users=str(users))
+        self.assert_status(self.showing(client, self.authority.issue("bob")).get("/v2/"), 401)
+
+
+class RenewalTest(TLSTestCase):
+    def test_a_renewed_certificate_is_shown_to_new_clients(self) -> None:
+        client = self.serve()
+        self.assertEqual(self.common_name(), "server")
+        with contextlib.closing(
+            http.client.HTTPSConnection(client.host, timeout=TIMEOUT, context=client.context)
+        ) as kept:
+            for certificate in (None, self.authority.issue("renewed")):
+                if certificate:
+                    self.install(certificate)
+                    self.assertEqual(self.common_name(), "renewed")
+                kept.request("GET", "/v2/")
+                with kept.getresponse() as reply:
+                    self.assertEqual((reply.status, reply.read()), (200, b"{}\n"))
+
+    def test_a_broken_renewal_keeps_the_last_good_certificate(self) -> None:
+        self.serve()
+        with contextlib.redirect_stderr(open(os.devnull, "w", encoding="utf-8")) as errors:
+            self.addCleanup(errors.close)
+            self.certificate.write_bytes(b"broken")
+            self.assertEqual(self.common_name(), "server")
+            self.key.unlink()
+            self.assertEqual(self.common_name(), "server")
+            self.install(self.authority.issue("mended"))
+            self.assertEqual(self.common_name(), "mended")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -225,7 +225,7 @@ class TimeoutTest(HTTPTestCase):
     """A registry of little patience, so that the test needs little too."""
 
     def setUp(self) -> None:
-        patience = {"HEADER_TIMEOUT": 0.6, "STALL_TIMEOUT": 0.6, "IDLE_TIMEOUT": 0.6, "LINGER_TIMEOUT": 0.2}
+        patience = {"HEADER_TIMEOUT": 0.4, "STALL_TIMEOUT": 0.4, "IDLE_TIMEOUT": 0.4, "LINGER_TIMEOUT": 0.2}
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         stack.enter_context(mock.patch.multiple(registry, **patience))
@@ -268,11 +268,11 @@ class TimeoutTest(HTTPTestCase):
         self.assertEqual(self.data.unfinished(), [])
 
     def test_a_body_that_trickles_in_is_taken(self) -> None:
-        content = b"trickle"
+        content = b"drips"
         path = self.client.path(f"blobs/uploads/?digest={digest_of(content)}")
         connection = self.connect().request("POST", path, f"Content-Length: {len(content)}")
         for byte in content:
-            time.sleep(0.15)
+            time.sleep(0.1)
             connection.send(bytes([byte]))
         self.assert_status(connection.read(), 201)
 

@@ -2561,8 +2561,8 @@ class Body:
             line = self._read_line()
             if not line:
                 return
-            name, colon, _value = line.decode("latin-1").partition(":")
-            if not colon or not HEADER_NAME.fullmatch(name):
+            name, colon, value = line.decode("latin-1").partition(":")
+            if not colon or not HEADER_NAME.fullmatch(name) or "\r" in value or "\0" in value:
                 break
         raise self._malformed("bad trailer")
 
@@ -2627,7 +2627,7 @@ class Request:
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
-        self.path, self._query = split_target(self.target)
+        self.path, self._query = split_target(self.target, self.headers.get("host", ""))
         length = body_length(head)
         expectation = self.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
@@ -2644,9 +2644,9 @@ class Request:
         """A parameter's first value, or None."""
         return next(iter(self.parameters(name)), None) if self._query else None
 
-    def may(self, action: str, repository: str) -> bool:
-        """Whether the caller may do something to a repository."""
-        return self.site.access.allows(self.caller, Scope("repository", repository, action))
+    def may_pull(self, repository: str) -> bool:
+        """Whether whoever makes the request has the right to pull a repository."""
+        return self.site.access.permits(self.caller.user, Scope("repository", repository, "pull"))
 
     def base_url(self) -> str:
         """How the client reaches this registry, as far as it or a proxy says."""
@@ -2669,10 +2669,13 @@ def parse_parameters(query: str, name: str) -> list[str]:
     return [decode_percent(value) for key, _, value in pairs if decode_percent(key) == name]
 
 
-def split_target(target: str) -> tuple[str, str]:
+def split_target(target: str, host: str) -> tuple[str, str]:
     """A request target's path, decoded, and its query, as it is. Raises BAD_REQUEST."""
     if target.startswith(("http://", "https://")):  # absolute-form, RFC 9112, 3.2.2
-        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+        authority, _, rest = target.partition("//")[2].partition("/")
+        if authority.lower() != host.lower():
+            raise RegistryError(ErrorCode.BAD_REQUEST, "the target names another host than Host does")
+        target = f"/{rest}"
     path, _, query = target.partition("?")
     return (decode_percent(path) if "%" in path else path), query
 
@@ -2824,12 +2827,14 @@ def upload_start(request: Request, name: str) -> Reply:
 
 
 def mount_blob(request: Request, name: str, digest: str) -> bool:
-    """Mount a blob from the repository that the query names, or from any."""
+    """Mount a blob from the repository that the query names, or from any that the caller may pull.
+
+    Whose token it is decides about the source: clients ask for one that is good for the target only.
+    """
     source = request.parameter("from")
     sources = request.store.repositories_with(digest) if source is None else [source]
     return any(
-        request.may("pull", candidate) and request.store.mount(name, digest, candidate)
-        for candidate in sources
+        request.may_pull(candidate) and request.store.mount(name, digest, candidate) for candidate in sources
     )
 
 
@@ -2982,11 +2987,10 @@ def repository_list(request: Request) -> Reply:
 
 def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
     """Up to so many repositories after one that the caller may pull."""
-    permits, user = request.site.access.permits, request.caller.user
     readable: list[str] = []
     while len(readable) < limit:
         names = request.store.repositories(last, limit)
-        readable += [name for name in names if permits(user, Scope("repository", name, "pull"))]
+        readable += [name for name in names if request.may_pull(name)]
         if len(names) < limit:
             break
         last = names[-1]
@@ -3196,10 +3200,11 @@ def authorize(request: Request, action: str, name: str) -> None:
 def bearer_challenge(request: Request, scope: Scope | None) -> str:
     """Where to get a token, and for what: whoever pushes will want to look at what is there as well."""
     challenge = f'Bearer realm="{request.base_url()}/token",service="{request.site.access.service}"'
-    if scope is None:
-        return challenge
-    wanted = scope._replace(action="pull,push") if scope.action == "push" else scope
-    return f'{challenge},scope="{wanted}"'
+    if scope is not None:
+        challenge += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
+    if request.caller.scopes is not None:  # or docker tries the same again and again
+        challenge += ',error="insufficient_scope"'
+    return challenge
 
 
 def error_reply(error: Exception) -> Reply:

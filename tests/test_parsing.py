@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import unittest
+from typing import Any, ClassVar
 
 import registry
 from registry import ErrorCode, RegistryError
@@ -213,7 +214,7 @@ class RouteTest(ParsingTest):
 
 
 class ManifestTest(ParsingTest):
-    IMAGE = {
+    IMAGE: ClassVar[dict[str, Any]] = {
         "schemaVersion": 2,
         "config": {"mediaType": "c/t", "digest": SHA256, "size": 2},
         "layers": [{"mediaType": "l/t", "digest": SHA512, "size": 3}],

@@ -14,9 +14,10 @@ TOP = Path(__file__).resolve().parent.parent
 SOURCE = (TOP / "registry.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 STANDARD_LIBRARY = set(
-    "argparse base64 collections contextlib ctypes enum errno fcntl fnmatch functools getpass hashlib hmac http"
-    " io json os pathlib queue re resource secrets select selectors shutil signal socket socketserver sqlite3"
-    " ssl stat struct subprocess sys tempfile threading time traceback typing urllib __future__".split()
+    "argparse base64 collections concurrent contextlib ctypes dataclasses enum errno fcntl functools getpass"
+    " hashlib hmac http io json mmap os pathlib queue re resource secrets selectors shutil signal socket"
+    " socketserver sqlite3 ssl stat struct sys tempfile threading time traceback typing urllib"
+    " __future__".split()
 )
 
 

@@ -112,6 +112,7 @@ MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
+REFERRER_BATCH = 16
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
 DETAIL_LIMIT = 1_000  # entries of one error
@@ -131,6 +132,7 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
+UPLOAD_PATIENCE = 0.2  # for another that writes to the same upload session
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
@@ -149,7 +151,7 @@ FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
 GENERATION_SIZE = 16
-LOOKUP_LIMIT, LOOKUP_ROWS, LOOKUP_LIFETIME = 4096, 200, 1.0  # queries remembered, rows of each, seconds
+LOOKUP_LIMIT, LOOKUP_SIZE, LOOKUP_LIFETIME = 1_024, 8 * KIB, 1.0  # queries remembered, characters, seconds
 BATCH = 100  # rows that maintenance changes under one write lock
 FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
 
@@ -160,6 +162,7 @@ TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
@@ -491,9 +494,10 @@ class WriteBehind:
 
     def _pass_on(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
             self._other = memoryview(bytearray(self._size))
-            self._thread.start()
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()
+            self._thread = thread
         else:
             self._wait()
         self._full.put(self._buffer)
@@ -535,8 +539,16 @@ class UploadFile:
     The lock is the file's own (flock), so it holds between processes and ends with them.
     """
 
-    def __init__(self, path: str, algorithm: str, admit: Callable[[int, int], None], *, create: bool) -> None:
-        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it.
+    def __init__(
+        self,
+        path: str,
+        algorithm: str,
+        admit: Callable[[int, int], None],
+        *,
+        create: bool,
+        patience: float = UPLOAD_PATIENCE,
+    ) -> None:
+        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer.
 
         admit is asked before the file grows, with its size and by how much; it raises what forbids that.
         """
@@ -546,7 +558,7 @@ class UploadFile:
         mode = "xb+" if create else "rb+"
         self._file: IO[Any] = open(path, mode, buffering=0, opener=no_follow)  # noqa: SIM115
         try:
-            self._lock()
+            self._lock(time.monotonic() + patience)
             self.size = self._file.seek(0, os.SEEK_END)
         except BaseException:
             self._file.close()
@@ -555,13 +567,17 @@ class UploadFile:
         self._hashed = 0
         self._flushed = self.size
 
-    def _lock(self) -> None:
+    def _lock(self, deadline: float) -> None:
         if fcntl is None:
             return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
+                time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
         if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
@@ -907,7 +923,7 @@ class Store:
         ):
             mode = "ro&immutable=1"
         connection = sqlite3.connect(
-            f"file:{quote(os.path.abspath(self._path))}?mode={mode}",
+            f"file:{quote(os.fsencode(os.path.abspath(self._path)))}?mode={mode}",
             uri=True,
             timeout=DATABASE_TIMEOUT,
             isolation_level=None,
@@ -963,7 +979,7 @@ class Store:
         rows = self.read(sql, *parameters)
         if len(self._lookups) >= LOOKUP_LIMIT:
             self._lookups.clear()
-        if 0 < len(rows) <= LOOKUP_ROWS:
+        if rows and sum(len(cell) for row in rows for cell in row if isinstance(cell, str)) <= LOOKUP_SIZE:
             self._lookups[key] = generation, now + LOOKUP_LIFETIME, rows
         return rows
 
@@ -1064,7 +1080,7 @@ class Store:
         try:
             with self.transaction() as db:
                 if not os.path.exists(self.files.path(digest)):
-                    self.files.place(upload, digest)
+                    created = self.files.place(upload, digest)
                 yield db
         except BaseException:
             if created:
@@ -1289,9 +1305,10 @@ class Store:
         finally:
             upload.close()
 
-    def _open_session(self, session: str, algorithm: str) -> UploadFile:
+    def _open_session(self, session: str, algorithm: str, patience: float = UPLOAD_PATIENCE) -> UploadFile:
+        path = self.files.upload_path(session)
         try:
-            return UploadFile(self.files.upload_path(session), algorithm, self.files.admit, create=False)
+            return UploadFile(path, algorithm, self.files.admit, create=False, patience=patience)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):
                 raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
@@ -1372,12 +1389,14 @@ class Store:
         if absent:
             with self.exclusive(durable=False) as db:
                 db.executemany("DELETE FROM uploads WHERE id = ?", [(session,) for session in absent])
+        for session in [session for session in list(self._hashes) if session not in sessions]:
+            self._hashes.pop(session, None)  # another process has finished it
         for session in present:
             with contextlib.suppress(RegistryError):  # it is being written to, or was finished just now
                 self._expire(session, oldest)
 
     def _expire(self, session: str, oldest: float) -> None:
-        upload = self._open_session(session, "sha256")
+        upload = self._open_session(session, "sha256", patience=0.0)
         try:  # only now that it is locked can it be told whether it is abandoned
             known = self.read("SELECT 1 FROM uploads WHERE id = ?", session)
             if known and os.stat(upload.path).st_mtime >= oldest:
@@ -1687,11 +1706,22 @@ class Collector:
             if len(garbage) < BATCH:
                 return freed
 
+    def _unneeded_size(self) -> int:
+        """How many bytes go as soon as their grace is over: they need nothing else to go for them."""
+        with self._batch() as db:
+            ((size,),) = db.execute(
+                "SELECT coalesce(sum(b.size), 0) FROM"
+                " (SELECT DISTINCT digest FROM repository_blobs WHERE needed_by = 0) u"
+                " JOIN blobs b ON b.digest = u.digest WHERE NOT EXISTS"
+                " (SELECT 1 FROM repository_blobs l WHERE l.digest = u.digest AND l.needed_by > 0)"
+            )
+        return int(size)
+
     def _shrink(self, max_size: int) -> None:
         """Drop the least recently pulled manifests until the store fits, or nothing more may go yet."""
         with self._batch() as db:
             ((size,),) = db.execute("SELECT coalesce(sum(size), 0) FROM blobs")
-        while size > max_size:
+        while size - self._unneeded_size() > max_size:
             with self._batch() as db:
                 oldest = db.execute(
                     "SELECT m.repository_id, r.name, m.digest FROM manifests m"
@@ -1998,6 +2028,9 @@ def load_users(path: str) -> dict[str, tuple[str, Callable[[str], bool]]]:
     return users
 
 
+ACTIONS = frozenset(("pull", "push", "delete"))
+
+
 class Grant(NamedTuple):
     """A line of the grants file: who may do what where."""
 
@@ -2012,7 +2045,7 @@ def load_grants(path: str) -> list[Grant]:
     for number, line in _lines(path):
         fields = line.split()
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
-        if not actions or not actions <= {"pull", "push", "delete"}:
+        if not actions or not actions <= ACTIONS:
             raise ValueError(f"line {number} is not: who repositories pull,push,delete")
         grants.append(Grant(fields[0], compile_glob(fields[1]), actions))
     return grants
@@ -2069,6 +2102,7 @@ class Access:
         Raises StartupError.
         """
         self.enabled = users is not None or certificates
+        self._certificates = certificates
         if grants is not None and not self.enabled:
             raise StartupError("grants without users would let nobody in; give --users as well")
         self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
@@ -2087,7 +2121,7 @@ class Access:
             return True
         if scope == CATALOG:
             return user is not None or self.admits_anonymous()
-        if scope.kind != "repository":
+        if scope.kind != "repository" or scope.action not in ACTIONS:
             return False
         if self._anonymous_pull and scope.action == "pull":
             return True
@@ -2159,7 +2193,7 @@ class Access:
         It is a JSON Web Token, signed with HMAC-SHA256.
         """
         now = int(time.time())
-        granted = [scope for scope in requested if self.permits(user, scope)]
+        granted = [scope for scope in dict.fromkeys(requested) if self.permits(user, scope)]
         claims = {
             "iss": self.service, "aud": self.service, "sub": user, "iat": now, "exp": now + TOKEN_LIFETIME,
             "access": granted,
@@ -2177,7 +2211,10 @@ class Access:
         claims = json.loads(_unbase64_url(content.partition(".")[2]))
         if claims["aud"] != self.service or claims["exp"] <= time.time():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
-        return Caller(claims["sub"], frozenset(Scope(*scope) for scope in claims["access"]))
+        user = claims["sub"]
+        if self._users and not self._certificates and user is not None and user not in self._users.get():
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
+        return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
     def _sign(self, content: str) -> str:
         signature = hmac.digest(self._key, content.encode("utf-8", "surrogateescape"), "sha256")
@@ -2333,16 +2370,15 @@ class Wire:
         self._pending, self._start = b"", 0
         deadline = 0.0
         while True:
-            while head.startswith(b"\r\n"):  # RFC 9112, 2.2: some clients end a body with one too many
-                head = head[2:]
+            if head and not deadline:
+                deadline = time.monotonic() + HEADER_TIMEOUT
+            head = LEADING_LINES.sub(b"", head, count=1)
             end = head.find(b"\r\n\r\n")
             if end >= 0:
                 break
             if _is_hopeless(head):
                 return head
-            if head and not deadline:
-                deadline = time.monotonic() + HEADER_TIMEOUT
-            more = self._receive(deadline - time.monotonic() if head else IDLE_TIMEOUT)
+            more = self._receive(deadline - time.monotonic() if deadline else IDLE_TIMEOUT)
             if not more:
                 return b""
             head += more
@@ -2385,6 +2421,8 @@ class Wire:
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
         flags = getattr(socket, "MSG_MORE", 0) if more and not is_tls(self.socket) else 0
+        if is_tls(self.socket):
+            self.wait_at_most(STALL_TIMEOUT)
         try:
             for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
                 self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
@@ -3000,31 +3038,46 @@ def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
 def referrer_list(request: Request, name: str, digest: str) -> Reply:
     """List what refers to a manifest (end-12a, end-12b)."""
     subject, artifact_type = parse_digest(digest), request.parameter("artifactType") or None
-    last = request.parameter("last") or ""
-    referrers = request.store.referrers(name, subject, artifact_type, last, REFERRER_PAGE_LIMIT + 1)
-    page = referrer_page(referrers)
+    fetch = functools.partial(request.store.referrers, name, subject, artifact_type)
+    page, more = referrer_page(fetch, request.parameter("last") or "")
     headers = [("OCI-Filters-Applied", "artifactType")] if artifact_type else []
-    if len(page) < len(referrers):
+    if more:
         headers.append(page_link(request.path, artifactType=artifact_type, last=page[-1]["digest"]))
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": page}
     return json_reply(index, *headers, content_type=OCI_INDEX)
 
 
-def referrer_page(referrers: list[Referrer]) -> list[dict[str, Any]]:
-    """Descriptors for as many referrers as fit into one page, at least one."""
+def referrer_page(
+    fetch: Callable[[str, int], list[Referrer]], last: str
+) -> tuple[list[dict[str, Any]], bool]:
+    """Descriptors for as many referrers as fit into one page, at least one, and whether there may be more.
+
+    fetch takes a digest and how many are wanted after it: a few at a time, since annotations may be long.
+    """
     page: list[dict[str, Any]] = []
     room = REFERRER_PAGE_BYTES
-    for (media_type, digest, size), artifact_type, notes in referrers[:REFERRER_PAGE_LIMIT]:
-        room -= len(notes)
-        if room < 0 and page:
-            break
-        descriptor: dict[str, Any] = {"mediaType": media_type, "digest": digest, "size": size}
-        if artifact_type:
-            descriptor["artifactType"] = artifact_type
-        if notes != "{}":
-            descriptor["annotations"] = json.loads(notes)
-        page.append(descriptor)
-    return page
+    while len(page) < REFERRER_PAGE_LIMIT:
+        referrers = fetch(last, REFERRER_BATCH)
+        for referrer in referrers:
+            room -= len(referrer.annotations)
+            if room < 0 and page:
+                return page, True
+            page.append(describe_referrer(referrer))
+        if len(referrers) < REFERRER_BATCH:
+            return page, False
+        last = page[-1]["digest"]
+    return page, True
+
+
+def describe_referrer(referrer: Referrer) -> dict[str, Any]:
+    """A referrer's descriptor (specification, "Listing Referrers")."""
+    (media_type, digest, size), artifact_type, annotations = referrer
+    descriptor: dict[str, Any] = {"mediaType": media_type, "digest": digest, "size": size}
+    if artifact_type:
+        descriptor["artifactType"] = artifact_type
+    if annotations != "{}":
+        descriptor["annotations"] = json.loads(annotations)
+    return descriptor
 
 
 def token_get(request: Request) -> Reply:
@@ -3417,7 +3470,7 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         try:
             connection, address = self.get_request()
-        except OSError:
+        except (OSError, MemoryError):
             return
         try:
             if self.verify_request(connection, address):
@@ -3460,7 +3513,11 @@ class Server(ThreadingHTTPServer):
             target=self.process_request_thread, args=(request, client_address), daemon=True
         )
         self._serving.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._serving.discard(thread)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection."""
@@ -3566,6 +3623,7 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._patience = 0.0
+        self._token_key: bytes | None = None  # once known, that of every worker
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Registry:
@@ -3613,7 +3671,7 @@ class Registry:
         """A socket that listens where this registry is to. Raises StartupError."""
         try:
             return listen(self.listen, self.port)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
                 f"cannot listen on {self.listen} port {self.port}: {reason}; choose another --host or --port"
@@ -3622,6 +3680,12 @@ class Registry:
     def _check_options(self) -> None:
         if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
             raise StartupError("a key or a CA for clients needs a certificate too; give --tls-cert")
+        if self.anonymous_pull and not (self.users or self.tls_client_ca):
+            raise StartupError(
+                "without users everybody may push as well; give --users, or leave anonymous pulls out"
+            )
+        if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
+            raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
     def _open_server(self, listener: socket.socket, lifeline: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
@@ -3635,17 +3699,20 @@ class Registry:
 
     def _open_access(self) -> Access:
         certificates = self.tls_client_ca is not None
-        key = b""
-        if self.users or certificates:
+        if self._token_key is None and (self.users or certificates):
             path = os.path.join(self.store.files.root, "token.key")
             try:
-                key = load_key(path, create=not self.read_only)
+                self._token_key = load_key(path, create=not self.read_only) or secrets.token_bytes(32)
             except OSError as error:
                 raise StartupError(
                     f"cannot use {path}: {error.strerror}; remove it if it is no file"
                 ) from error
         return Access(
-            self.users, self.grants, anonymous_pull=self.anonymous_pull, certificates=certificates, key=key
+            self.users,
+            self.grants,
+            anonymous_pull=self.anonymous_pull,
+            certificates=certificates,
+            key=self._token_key or b"",
         )
 
     def _start_housekeeping(self, resources: contextlib.ExitStack) -> None:
@@ -3670,7 +3737,7 @@ class Registry:
             interval, job = jobs[number]
             try:
                 job()
-            except (OSError, sqlite3.Error):  # the disk may be full; it need not stay so
+            except Exception:  # the disk may be full; it need not stay so
                 traceback.print_exc()
             due[number] = time.monotonic() + interval
 
@@ -3687,7 +3754,8 @@ class Registry:
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
         self._patience = timeout
-        self.server.stop_accepting()
+        if hasattr(self, "server"):
+            self.server.stop_accepting()
         self._resources.close()
 
     @property
@@ -3798,8 +3866,8 @@ class Workers:
     def _replace_dead(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (process := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                number = self._numbers.pop(process)
-                if not self._stopping:
+                number = self._numbers.pop(process, None)  # none of ours: whoever is process 1 inherits some
+                if number is not None and not self._stopping:
                     time.sleep(RESTART_DELAY)
                     self._start(number)
 
@@ -3940,19 +4008,27 @@ def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
     if not re.fullmatch(r"[^\s:#](?:[^:]*[^\s:])?", options.name) or not options.name.isprintable():
         raise StartupError("a user's name has no colon, no space around it, and does not begin with #")
+    line = None if options.delete else f"{options.name}:{hash_password(ask_password())}"
     try:
-        text = Path(options.users).read_text(encoding="utf-8") if os.path.exists(options.users) else ""
-        lines = text.splitlines()
-        kept = [line for line in lines if line.partition(":")[0].strip() != options.name]
-        if options.delete:
-            if len(kept) == len(lines):
-                raise StartupError(f"there is no {options.name} in {options.users}")
-        else:
-            kept.append(f"{options.name}:{hash_password(ask_password())}")
-        content = "".join(f"{line}\n" for line in kept).encode("utf-8")
-        replace_file(f"{options.users}.{secrets.token_hex(8)}", options.users, content)
+        change_user(os.path.realpath(options.users), options.name, line)
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot change {options.users}: {error}") from error
+
+
+def change_user(path: str, name: str, line: str | None) -> None:
+    """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        text = Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+        lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
+        if line is None and len(lines) == len(text.splitlines()):
+            raise StartupError(f"there is no {name} in {path}")
+        content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
+        replace_file(f"{path}.{secrets.token_hex(8)}", path, content.encode("utf-8"))
+    finally:
+        os.close(directory)
 
 
 def ask_password() -> str:
@@ -4016,8 +4092,8 @@ def parse_size(text: str) -> int:
 
 def parse_count_option(text: str) -> int:
     """A number of things, none being allowed."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    if not (text.isascii() and text.isdigit()) or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, or too large")
     return int(text)
 
 
@@ -4090,10 +4166,13 @@ COMMANDS = (
 # fmt: on
 
 
-def add_options(parser: argparse.ArgumentParser, options: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+Option = tuple[str, str, dict[str, Any]]
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
     """Give a parser some of the options above."""
     for flag, text, settings in options:
-        default = " (default: %(default)s)" if settings.get("default") else ""
+        default = f" (default: {settings['default']})" if settings.get("default") else ""
         parser.add_argument(flag, help=text + default, **settings)
 
 
@@ -4112,6 +4191,10 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         subparser.set_defaults(command=command)
         add_options(subparser, options)
+        shared = {option[0] for option in SERVE_OPTIONS} & {option[0] for option in options}
+        for action in subparser._actions:
+            if shared & set(action.option_strings) and not action.required:
+                action.default = argparse.SUPPRESS  # what stands before the command holds, then
     return parser
 
 

@@ -706,26 +706,28 @@ class Files:
             return None
         return file
 
-    def place(self, upload: UploadFile, digest: str) -> bool:
-        """Give an upload whose bytes are durable its digest's name too, durably; whether that name is new.
+    def place(self, upload: UploadFile, digest: str) -> None:
+        """Give an upload whose bytes are durable its digest's name too, durably.
 
         The upload's own name stays until the upload is forgotten, so that a crash leaves a trace of both.
         A file that is there already is replaced by its equal, which mends a damaged one.
         """
-        target, created = self.path(digest), True
+        target = self.path(digest)
         try:
             os.link(upload.path, target)
         except FileExistsError:
-            created = False
-            os.link(upload.path, f"{upload.path}.new")
-            os.replace(f"{upload.path}.new", target)
+            spare = f"{upload.path}.new"
+            try:
+                os.link(upload.path, spare)
+            except OSError:
+                spare = upload.path
+            os.replace(spare, target)
             with contextlib.suppress(FileNotFoundError):  # it stays if both were the same file already
                 os.unlink(f"{upload.path}.new")
         except OSError:  # this file system has no hard links
             os.replace(upload.path, target)
         if self.durable:
             sync_directory(os.path.dirname(target))
-        return created
 
     def set_aside(self, digest: str) -> None:
         """Move a damaged content's file to corrupt/."""
@@ -945,7 +947,10 @@ class Store:
         self._set_synchronous(durable=True)
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < FORMAT_VERSION:
-            schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+            try:
+                schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+            except FileNotFoundError:
+                raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
             self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
         self.files.keep_reserve()
 
@@ -1074,19 +1079,19 @@ class Store:
         """A transaction for the rows of a content that is on disk under its digest by then.
 
         It is put there before, so that others need not wait for that; should it have been collected until
-        the transaction begins, that is done again. If the transaction fails, the file goes.
+        the transaction begins, that is done again. If the transaction fails, the file goes unless it has a
+        row: others who are about to give it one look first.
         """
-        created = self.files.place(upload, digest)
+        self.files.place(upload, digest)
         try:
             with self.transaction() as db:
                 if not os.path.exists(self.files.path(digest)):
-                    created = self.files.place(upload, digest)
+                    self.files.place(upload, digest)
                 yield db
         except BaseException:
-            if created:
-                with self.exclusive(dry_run=True) as db:
-                    if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
-                        self.files.remove(digest)
+            with self.exclusive(dry_run=True) as db:
+                if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+                    self.files.remove(digest)
             raise
 
     def _require_repository(self, name: str) -> int:
@@ -1147,6 +1152,8 @@ class Store:
             return file
         with file:
             content = file.read()
+        if digest_of(content, algorithm_of(descriptor.digest)) != descriptor.digest:
+            return None  # what is remembered must be right, since nobody looks at the file again
         self._cache.put(descriptor.digest, content)
         return content
 
@@ -1296,13 +1303,13 @@ class Store:
         upload.resume_hash(self._hashes.pop(session, None))
         try:
             yield upload
-            if os.path.exists(upload.path):
-                self._hashes[session] = upload.hash_state()
         except Exception as error:
             if is_out_of_space(error):
                 self._discard(upload)
             raise
         finally:
+            if os.path.exists(upload.path):
+                self._hashes[session] = upload.hash_state()
             upload.close()
 
     def _open_session(self, session: str, algorithm: str, patience: float = UPLOAD_PATIENCE) -> UploadFile:
@@ -1335,7 +1342,10 @@ class Store:
             self._discard(upload)
 
     def _discard(self, upload: UploadFile) -> None:
-        """Drop an upload, and what a crash may have left of it under blobs/."""
+        """Drop an upload, and what a crash may have left of it under blobs/.
+
+        Its file goes first, which frees the room that recording it may need: a session without one is none.
+        """
         self._unplace(upload)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(upload.path)
@@ -1608,7 +1618,7 @@ class Collector:
 
     Manifests that the policy lets go are dropped first; that leaves blobs that no manifest needs, and
     those are unlinked once nobody was told of them for the grace period. Each step takes the write lock
-    for a batch only, except in a dry run, which is one transaction undone at its end.
+    for a query or a batch only, except in a dry run, which is one transaction undone at its end.
     """
 
     def __init__(self, store: Store, policy: Policy, report: Callable[[Removal], None]) -> None:
@@ -1789,6 +1799,10 @@ class Verifier:
                 damage = self._examine(file, digest, size)
         except FileNotFoundError:
             damage = "missing"
+        except PermissionError:
+            raise  # that is no damage
+        except OSError:
+            damage = "corrupt"
         self._advance(size)
         return damage
 
@@ -1851,9 +1865,11 @@ class Verifier:
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
     def _check_database(self) -> Iterator[Finding]:
-        for (result,) in self._store.read("PRAGMA integrity_check"):
-            if result != "ok":
-                yield Finding("database", result)
+        try:
+            results = [result for (result,) in self._store.read("PRAGMA integrity_check") if result != "ok"]
+        except sqlite3.DatabaseError as error:
+            results = [str(error)]
+        yield from (Finding("database", result) for result in results)
         for table, *_ in self._store.read("PRAGMA foreign_key_check"):
             yield Finding("database", f"a row of {table} points nowhere")
 
@@ -1864,11 +1880,15 @@ T = TypeVar("T")
 
 
 class WatchedFiles(Generic[T]):
-    """What some files hold, loaded again when they change; a broken change is logged and passed over."""
+    """What some files hold, loaded again when they change.
+
+    A change that breaks them, or removes one, is logged, and what was read before goes on to hold.
+    """
 
     def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:
         """load raises OSError or ValueError. Raises StartupError if it does so the first time."""
         self._paths, self._load = paths, load
+        self._lock = threading.Lock()  # one thread loads; the others go on with what there is
         self._seen = self._signature()
         try:
             self._value = load()
@@ -1877,15 +1897,20 @@ class WatchedFiles(Generic[T]):
 
     def get(self) -> T:
         """The current value."""
-        signature = self._signature()
-        if signature != self._seen:
-            self._seen = signature
+        if self._signature() != self._seen and self._lock.acquire(blocking=False):
             try:
-                self._value = self._load()
-            except (OSError, ValueError) as error:
-                report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-                print(f"registry.py: {report}", file=sys.stderr, flush=True)
+                self._reload()
+            finally:
+                self._lock.release()
         return self._value
+
+    def _reload(self) -> None:
+        self._seen = self._signature()
+        try:
+            self._value = self._load()
+        except (OSError, ValueError) as error:
+            report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
+            print(f"registry.py: {report}", file=sys.stderr, flush=True)
 
     def _signature(self) -> list[tuple[int, int, int] | None]:
         return [self._stat(path) for path in self._paths]
@@ -1948,10 +1973,9 @@ def password_check(hashed: str) -> Callable[[str], bool]:
     if match:
         ln, r, p = int(match[1]), int(match[2]), int(match[3])
         salt, expected = _unbase64(match[4]), _unbase64(match[5])
-        try:
-            _scrypt("", salt, ln, r, p)
-        except (TypeError, ValueError, OverflowError, MemoryError):  # as its release of OpenSSL likes
-            raise ValueError("a scrypt hash that takes too much memory here") from None
+        if not ln or 128 * r << ln > SCRYPT_MEMORY:
+            raise ValueError("a scrypt hash that takes no time, or too much memory")
+        _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
         return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
     compute = _htpasswd_hash(hashed)
     return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
@@ -3243,7 +3267,8 @@ def authorize(request: Request, action: str, name: str) -> None:
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     challenge = functools.partial(bearer_challenge, request, None if action == "login" else scope)
     request.caller = caller = identify(request, challenge)
-    if caller != Caller(None) if action == "login" else access.allows(caller, scope):
+    allowed = caller != Caller(None) if action == "login" else access.allows(caller, scope)
+    if allowed:
         return
     if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
         raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), challenge)
@@ -3837,9 +3862,9 @@ class Workers:
 
     def __init__(self, registry: Registry, count: int) -> None:
         """Raises StartupError where processes cannot be forked."""
-        self._signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
         if not hasattr(os, "fork"):
             raise StartupError("this system cannot fork; leave --workers out")
+        self._signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
         self._registry = registry
         self._count = count
         self._numbers: dict[int, int] = {}  # each process's number
@@ -3922,7 +3947,8 @@ def raise_descriptor_limit() -> None:
         return
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        enough = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS allows no more than that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 class Progress:
@@ -4206,6 +4232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"registry.py: {error}", file=sys.stderr)
         return 1
+    except (OSError, sqlite3.Error) as error:
+        print(f"registry.py: {error}; see whether the disk is full or damaged", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Union
@@ -480,9 +480,11 @@ class Daemon:
 
     _SERVING = re.compile(r"Serving (.+) at (http://(.+))")
 
-    def __init__(self, data: str | Path, *options: str) -> None:
+    def __init__(self, data: str | Path, *options: str, under: Sequence[str] = ()) -> None:
+        """under: a command that is to run it."""
         self.data = str(data)
         self.options = options
+        self.under = under
         self.program = ROOT / "registry.py"
         self.output: list[str] = []
 
@@ -497,7 +499,7 @@ class Daemon:
         options = list(self.options)
         if "--port" not in options:
             options += ["--port", str(free_port())]
-        command = [sys.executable, str(self.program), "--data", self.data, *options]
+        command = [*self.under, sys.executable, str(self.program), "--data", self.data, *options]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -581,7 +583,9 @@ class RegistryTestCase(HTTPTestCase):
         stack = contextlib.ExitStack()
         cls.addClassCleanup(stack.close)
         cls.data = DataDirectory(stack.enter_context(tempfile.TemporaryDirectory()))
-        cls.registry = stack.enter_context(Registry(data=str(cls.data.path), **cls.options))
+        cls.registry = stack.enter_context(
+            Registry(data=str(cls.data.path), **{"sync": False, **cls.options})
+        )
 
     def setUp(self) -> None:
         name = f"{type(self).__name__.lower()}/{next(_numbers)}"

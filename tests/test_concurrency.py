@@ -247,6 +247,15 @@ class DeleteTest(ConcurrencyTestCase):
 class SharedDirectoryTest(ConcurrencyTestCase):
     """Two registries on one data directory, as two daemons have it."""
 
+    def test_manifests_refused_at_once_leave_no_file(self) -> None:
+        absent = descriptor(b"never pushed")
+        with Registry(data=str(self.data.path)) as other:
+            clients = [self.client, Client(other.host, self.client.repository)] * 4
+            for number in range(10):
+                manifest = image_manifest(absent, annotations={"number": str(number)})
+                puts = [functools.partial(client.put_manifest, manifest, "refused") for client in clients]
+                self.assertEqual({response.status for response in run_at_once(*puts)}, {400})
+
     def test_a_deletion_that_comes_late_touches_no_other_repository(self) -> None:
         with Registry(data=str(self.data.path)) as quick, ThreadPoolExecutor(1) as pool:
             for _ in range(3):

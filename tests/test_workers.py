@@ -78,6 +78,17 @@ class WorkersTest(HTTPTestCase):
         self.assertEqual(len(self.workers() & before), 2)
         self.daemon.client.push_image("after")
 
+    def test_a_process_that_it_has_inherited_may_end(self) -> None:
+        command = 'sleep 0.5 & exec "$@"'
+        daemon = Daemon(
+            Path(self.daemon.data, "other"), "--quiet", "--workers", "2", under=["sh", "-c", command, "sh"]
+        )
+        with daemon:
+            self.wait_for(lambda: len(children(daemon.process.pid)) == 3)
+            self.wait_for(lambda: len(children(daemon.process.pid)) == 2)
+            daemon.client.push_image("after")
+            self.assertEqual(daemon.stop(), 0)
+
     def test_stopping_stops_all(self) -> None:
         workers = self.workers()
         self.assertEqual(self.daemon.stop(), 0)

@@ -225,6 +225,14 @@ class DamagedFiles(RegistryTestCase):
         self.damage(digest, 100)
         self.assert_lost(self.client.path(f"blobs/{digest}"))
 
+    def test_small_contents_with_wrong_bytes_are_neither_served_nor_remembered(self) -> None:
+        content, digest = self.pushed_blob()
+        path = self.data.path / "blobs" / digest.replace(":", "/")
+        path.write_bytes(b"x" * len(content))
+        self.assert_lost(self.client.path(f"blobs/{digest}"))
+        self.client.push_blob(content)
+        self.assert_blob(self.client, content)
+
     def test_a_short_manifest_is_unknown_by_tag_and_digest_and_the_next_push_heals_it(self) -> None:
         image = self.client.push_image("v1")
         self.damage(image.digest)

@@ -1630,6 +1630,11 @@ class Collector:
         self._told_before = int(time.time() - policy.grace - slack)
         self._dry: sqlite3.Connection | None = None
 
+    def expected(self) -> int:
+        """About how many removals there will be: the policy may let more go."""
+        sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND told_at < ?"
+        return int(self._store.read(sql, self._told_before)[0][0])
+
     def run(self, *, dry_run: bool = False) -> None:
         """Collect; in a dry run only report."""
         self._store.flush_pulls()
@@ -3999,13 +4004,14 @@ def command_gc(options: argparse.Namespace) -> None:
     """Remove what nothing needs any more, beside a running registry or without one."""
     with contextlib.closing(open_existing_store(options.data)) as store:
         removals: list[Removal] = []
-        progress = Progress(0, "removed")
 
         def report(removal: Removal) -> None:
             removals.append(removal)
             progress.advance(1)
 
-        Collector(store, policy_of(options), report).run(dry_run=options.dry_run)
+        collector = Collector(store, policy_of(options), report)
+        progress = Progress(collector.expected(), "removed")
+        collector.run(dry_run=options.dry_run)
         progress.finish()
     for removal in removals:
         print(f"{removal.kind} {removal.repository}@{removal.digest} {removal.size}")
@@ -4015,10 +4021,12 @@ def command_gc(options: argparse.Namespace) -> None:
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
     with contextlib.closing(open_existing_store(options.data)) as store:
-        progress = Progress(0, "B")
-        verifier = Verifier(store, progress.advance)
+
+        def advance(amount: int) -> None:
+            progress.advance(amount)
+
+        verifier = Verifier(store, advance)
         progress = Progress(verifier.total(), "B")
-        verifier = Verifier(store, progress.advance)
         found = 0
         for finding in verifier.run(repair=options.repair):
             progress.finish()

@@ -462,6 +462,20 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_directory(path: str) -> Iterator[None]:
+    """Keep other processes, and other threads that ask, from what a directory's lock stands for."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class WriteBehind:
     """Two buffers: while one is filled, the other is written in a thread of its own.
 
@@ -944,6 +958,11 @@ class Store:
             )
         if self.read_only:
             return
+        with locked_directory(self.files.root):  # nobody waits for a database that is being made
+            self._make_database(version)
+        self.files.keep_reserve()
+
+    def _make_database(self, version: int) -> None:
         self._set_synchronous(durable=True)
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < FORMAT_VERSION:
@@ -952,7 +971,6 @@ class Store:
             except FileNotFoundError:
                 raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
             self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
-        self.files.keep_reserve()
 
     def close(self) -> None:
         """Close the database. No other method may be running or be called again."""
@@ -4051,18 +4069,13 @@ def command_passwd(options: argparse.Namespace) -> None:
 
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        if fcntl is not None:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+    with locked_directory(os.path.dirname(path)):
         text = Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
         lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
         if line is None and len(lines) == len(text.splitlines()):
             raise StartupError(f"there is no {name} in {path}")
         content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
         replace_file(f"{path}.{secrets.token_hex(8)}", path, content.encode("utf-8"))
-    finally:
-        os.close(directory)
 
 
 def ask_password() -> str:

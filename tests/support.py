@@ -277,6 +277,8 @@ def _send(connection: http.client.HTTPConnection, method: str, path: str, body: 
     # A registry may refuse a body without reading all of it: the reply is what counts.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.endheaders(body, encode_chunked=chunked)
+    if connection.sock is None:
+        raise ConnectionResetError("there was nobody to send it to")
 
 
 class RawConnection:

@@ -132,11 +132,11 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
-UPLOAD_PATIENCE = 0.2  # for another that writes to the same upload session
+UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
-LEASE_SLACK = 5.0  # seconds by which told_at may be behind
+LEASE_SLACK = 5.0  # seconds by which leased_at may be behind
 GRACE = 3600.0  # how long a client can rely on what it was told, by default
 SHORTEST_GRACE = 10.0  # twice the slack
 
@@ -167,7 +167,6 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
 HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
-CONTENT_RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 # === Errors ===========================================================================================
 
@@ -196,17 +195,21 @@ class ErrorCode(enum.Enum):
 
     BAD_REQUEST = 400, "UNSUPPORTED", "malformed HTTP request"
     PAGE_INVALID = 400, "UNSUPPORTED", "n must be a non-negative integer"
-    ROUTE_UNKNOWN = 404, "UNSUPPORTED", "no such endpoint"
-    METHOD_UNKNOWN = 405, "UNSUPPORTED", "the endpoint does not know this method"
+    NOT_FOUND = 404, "UNSUPPORTED", "no such endpoint"
+    METHOD_NOT_ALLOWED = 405, "UNSUPPORTED", "the endpoint does not know this method"
     STILL_NEEDED = 405, "DENIED", "still needed by a manifest of the repository; delete that first"
     UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
     UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
-    CONTENT_RANGE = 416, "SIZE_INVALID", "the range lies outside the content"
+    RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     MANIFEST_TOO_LARGE = 413, "SIZE_INVALID", f"manifest larger than {MANIFEST_LIMIT // MIB} MiB"
     TOO_MANY_TAGS = 414, "UNSUPPORTED", f"more than {TAG_PARAMETER_LIMIT} tags in one request"
     URI_TOO_LONG = 414, "UNSUPPORTED", f"request line longer than {REQUEST_LINE_LIMIT // KIB} KiB"
     EXPECTATION_FAILED = 417, "UNSUPPORTED", "the only expectation served is 100-continue"
-    HEAD_TOO_LARGE = 431, "UNSUPPORTED", f"more than {HEADER_COUNT_LIMIT} headers, or {HEAD_LIMIT // KIB} KiB"
+    REQUEST_HEADER_FIELDS_TOO_LARGE = (
+        431,
+        "UNSUPPORTED",
+        f"more than {HEADER_COUNT_LIMIT} headers, or {HEAD_LIMIT // KIB} KiB",
+    )
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
     HTTP_VERSION = 505, "UNSUPPORTED", "only HTTP/1.1 and HTTP/1.0 are spoken here"
@@ -557,17 +560,17 @@ class UploadFile:
         self,
         path: str,
         algorithm: str,
-        admit: Callable[[int, int], None],
+        check_space: Callable[[int, int], None],
         *,
         create: bool,
-        patience: float = UPLOAD_PATIENCE,
+        patience: float = UPLOAD_LOCK_TIMEOUT,
     ) -> None:
         """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer.
 
-        admit is asked before the file grows, with its size and by how much; it raises what forbids that.
+        check_space is asked before the file grows, with its size and by how much, and raises what forbids it.
         """
         self.path = path
-        self._admit = admit
+        self._check_space = check_space
         self.id = os.path.basename(path)
         mode = "xb+" if create else "rb+"
         self._file: IO[Any] = open(path, mode, buffering=0, opener=no_follow)  # noqa: SIM115
@@ -601,7 +604,7 @@ class UploadFile:
         expected: how many bytes that will be, if it is known. What was received before an exception
         stays in the file.
         """
-        self._admit(self.size, expected or 0)
+        self._check_space(self.size, expected or 0)
         self._catch_up()
         start = self.size
         size = BUFFER_SIZE if expected is None else min(expected + 1, BUFFER_SIZE)  # one more: never full
@@ -611,7 +614,7 @@ class UploadFile:
         return self.size - start
 
     def _write(self, data: memoryview) -> None:
-        self._admit(self.size, len(data))
+        self._check_space(self.size, len(data))
         self._hash.update(data)
         self._hashed += len(data)
         while data:
@@ -743,7 +746,7 @@ class Files:
         if self.durable:
             sync_directory(os.path.dirname(target))
 
-    def set_aside(self, digest: str) -> None:
+    def quarantine(self, digest: str) -> None:
         """Move a damaged content's file to corrupt/."""
         os.makedirs(f"{self.root}/corrupt", exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -760,7 +763,7 @@ class Files:
             with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
                 yield from (f"{algorithm}:{entry.name}" for entry in entries)
 
-    def admit(self, size: int, more: int) -> None:
+    def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
         largest = self._limits.max_blob_size
         if largest is not None and size + more > largest:
@@ -981,7 +984,7 @@ class Store:
 
     # --- SQL
 
-    def read(self, sql: str, *parameters: object) -> list[Any]:
+    def query(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, from a pooled connection."""
         try:
             connection = self._readers.pop()
@@ -992,14 +995,14 @@ class Store:
         finally:
             self._readers.append(connection)
 
-    def look_up(self, sql: str, *parameters: object) -> list[Any]:
+    def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
         key = (sql, *parameters)
         generation, now = self._generation.get(), time.monotonic()
         known = self._lookups.get(key)
         if known and known[0] == generation and known[1] > now:
             return known[2]
-        rows = self.read(sql, *parameters)
+        rows = self.query(sql, *parameters)
         if len(self._lookups) >= LOOKUP_LIMIT:
             self._lookups.clear()
         if rows and sum(len(cell) for row in rows for cell in row if isinstance(cell, str)) <= LOOKUP_SIZE:
@@ -1114,7 +1117,7 @@ class Store:
 
     def _require_repository(self, name: str) -> int:
         """A repository's id. Raises NAME_UNKNOWN."""
-        rows = self.look_up("SELECT id FROM repositories WHERE name = ?", name)
+        rows = self.query_cached("SELECT id FROM repositories WHERE name = ?", name)
         if not rows:
             raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
         return int(rows[0][0])
@@ -1130,29 +1133,29 @@ class Store:
         )
         ((repository,),) = db.execute("SELECT id FROM repositories WHERE name = ?", (name,))
         db.execute(
-            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, told_at) VALUES (?, ?, 0)",
+            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, leased_at) VALUES (?, ?, 0)",
             (repository, digest),
         )
-        Store._tell(db, repository, digest)
+        Store._renew_lease(db, repository, digest)
         return int(repository)
 
     @staticmethod
-    def _tell(db: sqlite3.Connection, repository: int, digest: str) -> bool:
+    def _renew_lease(db: sqlite3.Connection, repository: int, digest: str) -> bool:
         """Note that a client now knows that a content is here; whether it is."""
-        sql = "UPDATE repository_blobs SET told_at = ? WHERE repository_id = ? AND digest = ?"
+        sql = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
         return db.execute(sql, (int(time.time()), repository, digest)).rowcount > 0
 
-    def _lease(self, repository: int, digest: str, told_at: int) -> bool:
+    def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here.
 
         On a full disk that cannot be recorded. The answer stands all the same: it serves pulls, and
         nothing can be pushed anyway.
         """
-        if self.read_only or time.time() - told_at < LEASE_SLACK:
+        if self.read_only or time.time() - leased_at < LEASE_SLACK:
             return True
         try:
             with self.transaction(durable=False) as db:
-                return self._tell(db, repository, digest)
+                return self._renew_lease(db, repository, digest)
         except (OSError, sqlite3.OperationalError) as error:
             if is_out_of_space(error):
                 return True
@@ -1180,8 +1183,8 @@ class Store:
 
         lease: garbage collection shall leave it alone for the grace period.
         """
-        rows = self.look_up(
-            "SELECT b.size, l.repository_id, l.told_at FROM repositories r"
+        rows = self.query_cached(
+            "SELECT b.size, l.repository_id, l.leased_at FROM repositories r"
             " JOIN repository_blobs l ON l.repository_id = r.id JOIN blobs b ON b.digest = l.digest"
             " WHERE r.name = ? AND l.digest = ?",
             name,
@@ -1208,7 +1211,7 @@ class Store:
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
-        self.remove_doomed()
+        self.remove_pending()
 
     @staticmethod
     def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
@@ -1223,25 +1226,25 @@ class Store:
         What a manifest among them needed is left alone for the grace period, to be found by that push.
         """
         db.execute(
-            "UPDATE repository_blobs SET told_at = ? WHERE (repository_id, digest) IN"
+            "UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN"
             " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
             (int(time.time()), digest),
         )
         db.execute("DELETE FROM repository_blobs WHERE digest = ?", (digest,))
         self._cache.forget(digest)
 
-    def remove_doomed(self) -> None:
+    def remove_pending(self) -> None:
         """Remove the files whose rows are gone: under the write lock, so that no push brings one back."""
-        while self._remove_some_doomed() == BATCH:
+        while self._remove_some_pending() == BATCH:
             pass
 
-    def _remove_some_doomed(self) -> int:
+    def _remove_some_pending(self) -> int:
         with self.exclusive(durable=False) as db:
-            rows = db.execute("SELECT digest FROM doomed LIMIT ?", (BATCH,)).fetchall()
+            rows = db.execute("SELECT digest FROM pending_deletes LIMIT ?", (BATCH,)).fetchall()
             for (digest,) in rows:
                 self._cache.forget(digest)
                 self.files.remove(digest)
-            db.executemany("DELETE FROM doomed WHERE digest = ?", rows)
+            db.executemany("DELETE FROM pending_deletes WHERE digest = ?", rows)
         return len(rows)
 
     def mount(self, name: str, digest: str, source: str) -> bool:
@@ -1270,7 +1273,7 @@ class Store:
 
     def repositories_with(self, digest: str) -> list[str]:
         """The names of the repositories that are linked to a blob."""
-        rows = self.read(
+        rows = self.query(
             "SELECT r.name FROM repository_blobs l JOIN repositories r ON r.id = l.repository_id"
             " WHERE l.digest = ? ORDER BY r.name",
             digest,
@@ -1295,11 +1298,11 @@ class Store:
         while True:
             path = self.files.upload_path(secrets.token_hex(16))
             with contextlib.suppress(FileNotFoundError, RegistryError):
-                return UploadFile(path, algorithm, self.files.admit, create=True)
+                return UploadFile(path, algorithm, self.files.check_space, create=True)
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
-        self.files.admit(0, 0)
+        self.files.check_space(0, 0)
         upload = self._create_upload(algorithm)
         try:
             with self.transaction(durable=False) as db:
@@ -1323,24 +1326,26 @@ class Store:
             yield upload
         except Exception as error:
             if is_out_of_space(error):
-                self._discard(upload)
+                self._delete_upload(upload)
             raise
         finally:
             if os.path.exists(upload.path):
                 self._hashes[session] = upload.hash_state()
             upload.close()
 
-    def _open_session(self, session: str, algorithm: str, patience: float = UPLOAD_PATIENCE) -> UploadFile:
+    def _open_session(
+        self, session: str, algorithm: str, patience: float = UPLOAD_LOCK_TIMEOUT
+    ) -> UploadFile:
         path = self.files.upload_path(session)
         try:
-            return UploadFile(path, algorithm, self.files.admit, create=False, patience=patience)
+            return UploadFile(path, algorithm, self.files.check_space, create=False, patience=patience)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):
                 raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
             raise
 
     def _session_algorithm(self, name: str, session: str) -> str:
-        rows = self.read("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
+        rows = self.query("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
         if not rows:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
         return str(rows[0][0])
@@ -1357,9 +1362,9 @@ class Store:
     def cancel_session(self, name: str, session: str) -> None:
         """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         with self.session(name, session) as upload:
-            self._discard(upload)
+            self._delete_upload(upload)
 
-    def _discard(self, upload: UploadFile) -> None:
+    def _delete_upload(self, upload: UploadFile) -> None:
         """Drop an upload, and what a crash may have left of it under blobs/.
 
         Its file goes first, which frees the room that recording it may need: a session without one is none.
@@ -1377,29 +1382,29 @@ class Store:
         with self.exclusive(durable=False) as db:
             for algorithm in ALGORITHMS:
                 db.execute(
-                    "INSERT INTO doomed SELECT :digest WHERE NOT EXISTS"
+                    "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
                     " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
                     {"digest": upload.digest(algorithm)},
                 )
-        self.remove_doomed()
+        self.remove_pending()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
         """Make an upload the repository's blob of this digest, durably.
 
         Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
         """
-        self._seal(upload, digest)
+        self._check_and_sync(upload, digest)
         with self._placed(upload, digest) as db:
             self._link(db, name, digest, upload.size)
             db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
         with contextlib.suppress(FileNotFoundError):
             os.unlink(upload.path)
 
-    def _seal(self, upload: UploadFile, digest: str) -> None:
+    def _check_and_sync(self, upload: UploadFile, digest: str) -> None:
         """Check an upload's bytes against their digest and make them durable."""
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
-            self._discard(upload)
+            self._delete_upload(upload)
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.files.durable:
             upload.sync()
@@ -1411,8 +1416,8 @@ class Store:
         """
         oldest = time.time() - lifetime
         entries = self.files.uploads()  # before the rows: so each has one that will ever have
-        sessions = {session for (session,) in self.read("SELECT id FROM uploads")}
-        present = [entry.name for entry in entries if _needs_care(entry, sessions, oldest)]
+        sessions = {session for (session,) in self.query("SELECT id FROM uploads")}
+        present = [entry.name for entry in entries if _may_be_stale(entry, sessions, oldest)]
         absent = [session for session in sessions if not os.path.exists(self.files.upload_path(session))]
         if absent:
             with self.exclusive(durable=False) as db:
@@ -1426,12 +1431,12 @@ class Store:
     def _expire(self, session: str, oldest: float) -> None:
         upload = self._open_session(session, "sha256", patience=0.0)
         try:  # only now that it is locked can it be told whether it is abandoned
-            known = self.read("SELECT 1 FROM uploads WHERE id = ?", session)
+            known = self.query("SELECT 1 FROM uploads WHERE id = ?", session)
             if known and os.stat(upload.path).st_mtime >= oldest:
                 self._unplace(upload)
             else:
                 self._hashes.pop(session, None)
-                self._discard(upload)
+                self._delete_upload(upload)
         finally:
             upload.close()
 
@@ -1448,8 +1453,8 @@ class Store:
             source = "tags t JOIN manifests m ON m.repository_id = t.repository_id AND m.digest = t.digest"
             column = "t.name"
         alias = column[0]
-        rows = self.look_up(
-            f"SELECT m.media_type, m.digest, b.size, l.repository_id, l.told_at FROM {source}"
+        rows = self.query_cached(
+            f"SELECT m.media_type, m.digest, b.size, l.repository_id, l.leased_at FROM {source}"
             " JOIN blobs b ON b.digest = m.digest"
             " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
             f" WHERE {alias}.repository_id = (SELECT id FROM repositories WHERE name = ?) AND {column} = ?",
@@ -1459,8 +1464,8 @@ class Store:
         if not rows:
             self._require_repository(name)
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        media_type, digest, size, repository, told_at = rows[0]
-        if lease and not self._lease(repository, digest, told_at):
+        media_type, digest, size, repository, leased_at = rows[0]
+        if lease and not self._lease(repository, digest, leased_at):
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
         return Descriptor(media_type, digest, size)
 
@@ -1496,7 +1501,7 @@ class Store:
         """
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
-            self._seal(upload, digest)
+            self._check_and_sync(upload, digest)
             with self._placed(upload, digest) as db:
                 self._require_references(db, name, manifest)
                 repository = self._link(db, name, digest, len(content))
@@ -1557,7 +1562,7 @@ class Store:
             if rows[0][0] > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
-        self.remove_doomed()
+        self.remove_pending()
 
     # --- Listings
 
@@ -1565,12 +1570,12 @@ class Store:
         """Up to so many tags after one, in byte order. Raises NAME_UNKNOWN."""
         repository = self._require_repository(name)
         sql = "SELECT name FROM tags WHERE repository_id = ? AND name > ? ORDER BY name LIMIT ?"
-        return [tag for (tag,) in self.look_up(sql, repository, last, limit)]
+        return [tag for (tag,) in self.query_cached(sql, repository, last, limit)]
 
     def repositories(self, last: str, limit: int) -> list[str]:
         """Up to so many repositories after one, in byte order."""
         sql = "SELECT name FROM repositories WHERE name > ? ORDER BY name LIMIT ?"
-        return [name for (name,) in self.look_up(sql, last, limit)]
+        return [name for (name,) in self.query_cached(sql, last, limit)]
 
     def referrers(
         self, name: str, subject: str, artifact_type: str | None, last: str, limit: int
@@ -1579,7 +1584,7 @@ class Store:
 
         What clients without the referrers API listed in the index tagged <algorithm>-<hex> counts too.
         """
-        rows = self.look_up(
+        rows = self.query_cached(
             "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?), referrers (digest) AS ("
             " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?"
             " UNION SELECT c.child FROM repository r"
@@ -1601,7 +1606,7 @@ class Store:
         return [Referrer(Descriptor(*row[:3]), row[3], row[4] or "{}") for row in rows]
 
 
-def _needs_care(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:
+def _may_be_stale(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:
     """Whether an upload file looks abandoned, or as if a crash came while it was made a blob."""
     try:
         status = entry.stat(follow_symlinks=False)
@@ -1645,13 +1650,13 @@ class Collector:
         self._policy = policy
         self._report = report
         slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
-        self._told_before = int(time.time() - policy.grace - slack)
+        self._leased_before = int(time.time() - policy.grace - slack)
         self._dry: sqlite3.Connection | None = None
 
     def expected(self) -> int:
         """About how many removals there will be: the policy may let more go."""
-        sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND told_at < ?"
-        return int(self._store.read(sql, self._told_before)[0][0])
+        sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND leased_at < ?"
+        return int(self._store.query(sql, self._leased_before)[0][0])
 
     def run(self, *, dry_run: bool = False) -> None:
         """Collect; in a dry run only report."""
@@ -1660,7 +1665,7 @@ class Collector:
             with self._store.exclusive(dry_run=True) as self._dry:
                 self._collect()
             return
-        self._store.remove_doomed()
+        self._store.remove_pending()
         self._collect()
         self._store.files.keep_reserve()
 
@@ -1678,18 +1683,18 @@ class Collector:
             return
         with self._store.exclusive() as db:
             yield db
-        self._store.remove_doomed()
+        self._store.remove_pending()
 
     def _drop_untagged(self, age: float) -> None:
         """Drop untagged manifests that nothing needs. That may free others: children, and referrers."""
-        before = min(self._told_before, int(time.time() - age))
+        before = min(self._leased_before, int(time.time() - age))
         while self._drop(self._untagged(before), before):
             pass
 
     def _untagged(self, before: int) -> list[tuple[int, str, str]]:
         with self._batch() as db:
             return db.execute(
-                "WITH untagged AS (SELECT m.repository_id, m.digest, l.told_at, row_number() OVER ("
+                "WITH untagged AS (SELECT m.repository_id, m.digest, l.leased_at, row_number() OVER ("
                 "   PARTITION BY m.repository_id ORDER BY m.pushed_at DESC, m.digest) AS position"
                 "  FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
                 "  WHERE l.needed_by = 1 AND NOT EXISTS (SELECT 1 FROM tags t"
@@ -1697,7 +1702,7 @@ class Collector:
                 "  AND NOT EXISTS (SELECT 1 FROM manifests s"
                 "   WHERE s.repository_id = m.repository_id AND s.digest = m.subject))"
                 " SELECT u.repository_id, r.name, u.digest FROM untagged u"
-                " JOIN repositories r ON r.id = u.repository_id WHERE u.position > ? AND u.told_at < ?",
+                " JOIN repositories r ON r.id = u.repository_id WHERE u.position > ? AND u.leased_at < ?",
                 (self._policy.keep_last, before),
             ).fetchall()
 
@@ -1710,7 +1715,7 @@ class Collector:
                     gone = db.execute(
                         "DELETE FROM manifests WHERE repository_id = :repository AND digest = :digest"
                         " AND EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = :repository"
-                        "  AND digest = :digest AND needed_by = 1 AND told_at < :before)"
+                        "  AND digest = :digest AND needed_by = 1 AND leased_at < :before)"
                         " AND (:tagged OR NOT EXISTS"
                         "  (SELECT 1 FROM tags WHERE repository_id = :repository AND digest = :digest))",
                         {"repository": repository, "digest": digest, "before": before, "tagged": tagged},
@@ -1728,8 +1733,8 @@ class Collector:
                 garbage = db.execute(
                     "SELECT l.repository_id, r.name, l.digest, b.size FROM repository_blobs l"
                     " JOIN repositories r ON r.id = l.repository_id JOIN blobs b ON b.digest = l.digest"
-                    " WHERE l.needed_by = 0 AND l.told_at < ? LIMIT ?",
-                    (self._told_before, BATCH),
+                    " WHERE l.needed_by = 0 AND l.leased_at < ? LIMIT ?",
+                    (self._leased_before, BATCH),
                 ).fetchall()
                 for repository, name, digest, size in garbage:
                     self._store.unlink(db, repository, digest)
@@ -1760,14 +1765,14 @@ class Collector:
                     "SELECT m.repository_id, r.name, m.digest FROM manifests m"
                     " JOIN repositories r ON r.id = m.repository_id"
                     " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
-                    " WHERE l.needed_by = 1 AND l.told_at < ? AND NOT EXISTS (SELECT 1 FROM manifests s"
+                    " WHERE l.needed_by = 1 AND l.leased_at < ? AND NOT EXISTS (SELECT 1 FROM manifests s"
                     "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
                     " ORDER BY m.pulled_at, m.pushed_at LIMIT 1",
-                    (self._told_before,),
+                    (self._leased_before,),
                 ).fetchall()
             if not oldest:
                 return
-            self._drop(oldest, self._told_before, tagged=True)
+            self._drop(oldest, self._leased_before, tagged=True)
             size -= self._sweep()
 
 
@@ -1806,11 +1811,11 @@ class Verifier:
 
     def total(self) -> int:
         """How many bytes there are to verify."""
-        return int(self._store.read("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
+        return int(self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
 
     def _pages(self) -> Iterator[list[Any]]:
         sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self._store.read(sql, last, BATCH):
+        while rows := self._store.query(sql, last, BATCH):
             yield rows
             last = rows[-1][0]
 
@@ -1846,7 +1851,7 @@ class Verifier:
             current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
             damage = self._check(current[0]) if current else ""
             if damage and repair:
-                self._store.files.set_aside(digest)
+                self._store.files.quarantine(digest)
                 self._store.drop_content(db, digest)
         self._advance(-size)
         if damage:
@@ -1871,15 +1876,15 @@ class Verifier:
                 return False
             stray = not placed and not self._is_known(digest)
             if stray and repair:
-                self._store.files.set_aside(digest)
+                self._store.files.quarantine(digest)
         return stray
 
     def _is_known(self, digest: str) -> bool:
-        sql = "SELECT 1 FROM blobs WHERE digest = ? UNION ALL SELECT 1 FROM doomed WHERE digest = ?"
-        return bool(self._store.read(sql, digest, digest))
+        sql = "SELECT 1 FROM blobs WHERE digest = ? UNION ALL SELECT 1 FROM pending_deletes WHERE digest = ?"
+        return bool(self._store.query(sql, digest, digest))
 
     def _check_references(self) -> Iterator[Finding]:
-        for name, manifest, child in self._store.read(
+        for name, manifest, child in self._store.query(
             "SELECT r.name, c.manifest, c.child FROM manifest_references c"
             " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
             "  SELECT 1 FROM repository_blobs l"
@@ -1889,11 +1894,11 @@ class Verifier:
 
     def _check_database(self) -> Iterator[Finding]:
         try:
-            results = [result for (result,) in self._store.read("PRAGMA integrity_check") if result != "ok"]
+            results = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
         except sqlite3.DatabaseError as error:
             results = [str(error)]
         yield from (Finding("database", result) for result in results)
-        for table, *_ in self._store.read("PRAGMA foreign_key_check"):
+        for table, *_ in self._store.query("PRAGMA foreign_key_check"):
             yield Finding("database", f"a row of {table} points nowhere")
 
 
@@ -1947,7 +1952,7 @@ class WatchedFiles(Generic[T]):
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-class Memory:
+class ExpiringCache:
     """Remembers a limited number of things, each for some seconds."""
 
     def __init__(self, limit: int) -> None:
@@ -2004,7 +2009,7 @@ def password_check(hashed: str) -> Callable[[str], bool]:
     return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
 
 
-def check_in_vain(password: str) -> bool:
+def check_dummy(password: str) -> bool:
     """The check for a user who does not exist: it takes as long as one for a user who does."""
     return not _scrypt(password, b"", SCRYPT_LN, 8, 1)
 
@@ -2158,8 +2163,8 @@ class Access:
         self._key = key or secrets.token_bytes(32)
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
         self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
-        self._verified = Memory(1000)
-        self._failures = Memory(10_000)
+        self._verified = ExpiringCache(1000)
+        self._failures = ExpiringCache(10_000)
         self._hashing = threading.Lock()  # scrypt takes 16 MiB and a core: one at a time
 
     def permits(self, user: str | None, scope: Scope) -> bool:
@@ -2212,7 +2217,7 @@ class Access:
         What was right is remembered for a while, as a keyed hash, since checking takes its time.
         """
         users = self._users.get() if self._users else {}
-        hashed, check = users.get(name, ("", check_in_vain))
+        hashed, check = users.get(name, ("", check_dummy))
         proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if self._verified.get(proof):
             return name
@@ -2395,7 +2400,7 @@ def _is_hopeless(head: bytes) -> bool:
     return too_long or len(head) > HEAD_LIMIT or head.count(b"\n") != head.count(b"\r\n")
 
 
-class Wire:
+class SocketReader:
     """A connection's bytes: heads, lines and bodies, each bounded in size and time.
 
     Every method raises ClientGone when the client hangs up or stalls.
@@ -2517,7 +2522,7 @@ class Wire:
             raise ClientGone from error
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """A request's head (RFC 9112), checked. Header names are in lower case, repeated ones comma-joined."""
 
     method: str
@@ -2529,20 +2534,23 @@ class Head(NamedTuple):
 SINGLE_HEADERS = frozenset(("content-length", "transfer-encoding", "host", "content-range", "authorization"))
 
 
-def parse_head(data: bytes) -> Head:
-    """Parse what Wire.read_head gave. Raises BAD_REQUEST, URI_TOO_LONG, HEAD_TOO_LARGE, HTTP_VERSION."""
+def parse_head(data: bytes) -> RequestHead:
+    """Parse what SocketReader.read_head gave.
+
+    Raises BAD_REQUEST, URI_TOO_LONG, REQUEST_HEADER_FIELDS_TOO_LARGE, HTTP_VERSION.
+    """
     lines = data.decode("latin-1").split("\r\n")
     if len(lines[0]) > REQUEST_LINE_LIMIT:
         raise RegistryError(ErrorCode.URI_TOO_LONG)
     if len(lines) > HEADER_COUNT_LIMIT + 1 or len(data) > HEAD_LIMIT:
-        raise RegistryError(ErrorCode.HEAD_TOO_LARGE)
+        raise RegistryError(ErrorCode.REQUEST_HEADER_FIELDS_TOO_LARGE)
     if data.count(b"\n") != len(lines) - 1 or data.count(b"\r") != len(lines) - 1 or b"\0" in data:
         raise RegistryError(ErrorCode.BAD_REQUEST, "bare CR, bare LF or NUL")
     method, target, version = _parse_request_line(lines[0])
     headers = _parse_headers(lines[1:])
     if version == "HTTP/1.1" and "host" not in headers:
         raise RegistryError(ErrorCode.BAD_REQUEST, "no Host")
-    return Head(method, target, version, headers)
+    return RequestHead(method, target, version, headers)
 
 
 def _parse_headers(lines: list[str]) -> dict[str, str]:
@@ -2579,7 +2587,7 @@ def _header_name(name: str) -> str:
     return name.lower()
 
 
-def body_length(head: Head) -> int | None:
+def body_length(head: RequestHead) -> int | None:
     """How many bytes the request's body has; None if it is chunked. Raises BAD_REQUEST if that is unclear."""
     length, encoding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if encoding is not None:
@@ -2596,10 +2604,10 @@ def body_length(head: Head) -> int | None:
 class Body:
     """A request's body, decoded as it is read."""
 
-    def __init__(self, wire: Wire, length: int | None, *, expected: bool) -> None:
+    def __init__(self, reader: SocketReader, length: int | None, *, expected: bool) -> None:
         """length: None for a chunked body. expected: the client waits for 100 Continue before it sends."""
         self.length = length
-        self._wire = wire
+        self._reader = reader
         self._remaining = length or 0  # of the body, or of the chunk being read
         self._expected = expected and length != 0
         self._broken = False
@@ -2609,12 +2617,12 @@ class Body:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
         if self._expected:
             self._expected = False
-            self._wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._reader.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if not self._remaining and not self.done:
             self._next_chunk()
         if self.done:
             return 0
-        count = self._wire.readinto(view[: self._remaining])
+        count = self._reader.readinto(view[: self._remaining])
         self._remaining -= count
         if not self._remaining:
             self._end_of_part()
@@ -2636,7 +2644,7 @@ class Body:
             self.done = True
 
     def _read_line(self) -> bytes:
-        line = self._wire.read_line(CHUNK_LINE_LIMIT)
+        line = self._reader.read_line(CHUNK_LINE_LIMIT)
         if line is None:
             raise self._malformed("bad line between chunks")
         return line
@@ -2682,7 +2690,7 @@ class Body:
         return self.done
 
 
-class Site(NamedTuple):
+class Context(NamedTuple):
     """What requests are served from."""
 
     store: Store
@@ -2694,17 +2702,19 @@ class Site(NamedTuple):
 class Request:
     """One request as the handlers see it."""
 
-    def __init__(self, site: Site, wire: Wire, address: str, certified: str | None = None) -> None:
+    def __init__(
+        self, context: Context, reader: SocketReader, address: str, certified: str | None = None
+    ) -> None:
         """A request of which nothing is known yet but the client's address and certificate."""
-        self.site = site
-        self.store = site.store
+        self.context = context
+        self.store = context.store
         self.address, self.certified = address, certified
         self.caller = Caller(None)
-        self._wire = wire
+        self._reader = reader
         self.method = self.target = "-"
         self.path = self._query = ""
         self.headers: dict[str, str] = {}
-        self.body = Body(wire, 0, expected=False)
+        self.body = Body(reader, 0, expected=False)
         self.persistent = False  # whether the client may send another after this one
 
     def parse(self, data: bytes) -> None:
@@ -2718,7 +2728,7 @@ class Request:
         if expectation not in ("", "100-continue"):
             raise RegistryError(ErrorCode.EXPECTATION_FAILED)
         modern = version == "HTTP/1.1"
-        self.body = Body(self._wire, length, expected=bool(expectation) and modern)
+        self.body = Body(self._reader, length, expected=bool(expectation) and modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
     def parameters(self, name: str) -> list[str]:
@@ -2731,13 +2741,13 @@ class Request:
 
     def may_pull(self, repository: str) -> bool:
         """Whether whoever makes the request has the right to pull a repository."""
-        return self.site.access.permits(self.caller.user, Scope("repository", repository, "pull"))
+        return self.context.access.permits(self.caller.user, Scope("repository", repository, "pull"))
 
     def base_url(self) -> str:
         """How the client reaches this registry, as far as it or a proxy says."""
-        if self.site.public_url:
-            return self.site.public_url.rstrip("/")
-        scheme = self._forwarded("x-forwarded-proto") or ("https" if self.site.secure else "http")
+        if self.context.public_url:
+            return self.context.public_url.rstrip("/")
+        scheme = self._forwarded("x-forwarded-proto") or ("https" if self.context.secure else "http")
         host = self._forwarded("x-forwarded-host") or self.headers.get("host", "")
         if scheme not in ("http", "https") or not HOST.fullmatch(host):
             raise RegistryError(ErrorCode.BAD_REQUEST, "no usable Host")
@@ -2799,7 +2809,7 @@ def parse_count(digits: str) -> int:
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """A Range header's start and length within a content of this size; None if it is to be ignored.
 
-    Raises CONTENT_RANGE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
+    Raises RANGE_NOT_SATISFIABLE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
     """
     match = BYTE_RANGE.fullmatch(text.strip())
     if not match or match[0].endswith("=-"):
@@ -2810,7 +2820,9 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     else:
         start, stop = max(size - parse_count(last), 0), size
     if start >= stop:
-        raise RegistryError(ErrorCode.CONTENT_RANGE, text, headers=(("Content-Range", f"bytes */{size}"),))
+        raise RegistryError(
+            ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=(("Content-Range", f"bytes */{size}"),)
+        )
     return start, stop - start
 
 
@@ -2866,7 +2878,7 @@ def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> 
 
 
 def requested_range(request: Request, content: Descriptor) -> tuple[int, int] | None:
-    """The part of a content that the client asks for, if any. Raises CONTENT_RANGE."""
+    """The part of a content that the client asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
     text = request.headers.get("range")
     if text is None or request.headers.get("if-range", f'"{content.digest}"') != f'"{content.digest}"':
         return None
@@ -2945,7 +2957,7 @@ def check_content_range(request: Request, upload: UploadFile) -> int | None:
     text = request.headers.get("content-range")
     if text is None:
         return None
-    match = CONTENT_RANGE.fullmatch(text)
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
     first, last = (parse_count(match[1]), parse_count(match[2])) if match else (-1, -1)
     if first != upload.size or last < first:
         raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {upload.size} bytes")
@@ -3150,21 +3162,21 @@ def token_post(request: Request) -> Reply:
     if values["grant_type"] != "password":
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
     try:
-        user = request.site.access.log_in(values["username"], values["password"], request.address)
+        user = request.context.access.log_in(values["username"], values["password"], request.address)
     except RegistryError as error:
         raise with_challenge(error, basic_challenge) from None
     return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
 
 
 def require_access(request: Request) -> None:
-    """Where everybody may do everything there are no tokens. Raises ROUTE_UNKNOWN."""
-    if not request.site.access.enabled:
-        raise RegistryError(ErrorCode.ROUTE_UNKNOWN)
+    """Where everybody may do everything there are no tokens. Raises NOT_FOUND."""
+    if not request.context.access.enabled:
+        raise RegistryError(ErrorCode.NOT_FOUND)
 
 
 def token_reply(request: Request, user: str | None, scopes: list[str], service: str | None) -> Reply:
     """A token. Raises UNAUTHORIZED where only users may do anything, UNSUPPORTED for another service."""
-    access = request.site.access
+    access = request.context.access
     if service and service != access.service:
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     if user is None and not access.admits_anonymous():
@@ -3189,7 +3201,7 @@ def identify(request: Request, challenge: Callable[[], str]) -> Caller:
     """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
     authorization = request.headers.get("authorization", "")
     try:
-        return request.site.access.identify(authorization, request.address, request.certified)
+        return request.context.access.identify(authorization, request.address, request.certified)
     except RegistryError as error:
         raise with_challenge(error, challenge) from None
 
@@ -3251,12 +3263,12 @@ _COMPILED_ROUTES = _compile_routes()
 
 @functools.lru_cache(maxsize=4096)
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
-    """The operations on a path by method, and the parts that it names. Raises ROUTE_UNKNOWN."""
+    """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
     for pattern, methods in _COMPILED_ROUTES:
         match = pattern.fullmatch(path)
         if match:
             return methods, match.groupdict()
-    raise RegistryError(ErrorCode.ROUTE_UNKNOWN)
+    raise RegistryError(ErrorCode.NOT_FOUND)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3270,13 +3282,13 @@ def dispatch(request: Request) -> Reply:
     methods, arguments = find_path(request.path)
     route = methods.get(request.method)
     if route is None:
-        raise RegistryError(ErrorCode.METHOD_UNKNOWN, headers=(("Allow", ", ".join(sorted(methods))),))
+        raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED, headers=(("Allow", ", ".join(sorted(methods))),))
     if "name" in arguments and not is_name(arguments["name"]):
         writes = request.method in ("POST", "PUT", "PATCH")
         raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
     if request.store.read_only and route.access in ("push", "delete"):
         raise RegistryError(ErrorCode.READ_ONLY, headers=(("Allow", "GET, HEAD"),))
-    if request.site.access.enabled and route.access:
+    if request.context.access.enabled and route.access:
         authorize(request, route.access, arguments.get("name", ""))
     return route.handler(request, **arguments)
 
@@ -3286,7 +3298,7 @@ def authorize(request: Request, action: str, name: str) -> None:
 
     Raises UNAUTHORIZED when other credentials, or a token with more in it, could help; else DENIED.
     """
-    access = request.site.access
+    access = request.context.access
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     challenge = functools.partial(bearer_challenge, request, None if action == "login" else scope)
     request.caller = caller = identify(request, challenge)
@@ -3300,7 +3312,7 @@ def authorize(request: Request, action: str, name: str) -> None:
 
 def bearer_challenge(request: Request, scope: Scope | None) -> str:
     """Where to get a token, and for what: whoever pushes will want to look at what is there as well."""
-    challenge = f'Bearer realm="{request.base_url()}/token",service="{request.site.access.service}"'
+    challenge = f'Bearer realm="{request.base_url()}/token",service="{request.context.access.service}"'
     if scope is not None:
         challenge += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
     if request.caller.scopes is not None:  # or docker tries the same again and again
@@ -3371,7 +3383,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Called by socketserver; returns when the connection is to be closed."""
         with contextlib.suppress(ClientGone):
             self._shake_hands()
-            self.wire = Wire(self.request)
+            self.reader = SocketReader(self.request)
             while self._serve_one():
                 pass
 
@@ -3401,11 +3413,11 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Serve one request; whether another may follow on this connection."""
-        data = self.wire.read_head()
+        data = self.reader.read_head()
         if not data:
             return False
         self.idle_since, started = 0.0, time.perf_counter()
-        request = Request(self.server.site, self.wire, self.client_address[0], self.certified)
+        request = Request(self.server.context, self.reader, self.client_address[0], self.certified)
         reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
@@ -3433,12 +3445,12 @@ class Connection(socketserver.BaseRequestHandler):
         """Send a reply, in one write when its body is small."""
         head = encode_head(reply, keep=keep)
         if bodiless:
-            self.wire.send(head)
+            self.reader.send(head)
         elif isinstance(reply.body, bytes):
-            self.wire.send(head + reply.body)
+            self.reader.send(head + reply.body)
         else:
-            self.wire.send(head, more=True)
-            self.wire.send_file(reply.body)
+            self.reader.send(head, more=True)
+            self.reader.send_file(reply.body)
 
     def _linger(self) -> None:
         """Let the client read the reply first: closing on unread bytes would reset it (RFC 9112, 9.6)."""
@@ -3447,7 +3459,7 @@ class Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
-                self.wire.wait_at_most(left)
+                self.reader.wait_at_most(left)
                 if not self.request.recv_into(buffer):
                     break
 
@@ -3478,25 +3490,25 @@ class Server(ThreadingHTTPServer):
     def __init__(
         self,
         listener: socket.socket,
-        site: Site,
+        context: Context,
         *,
         tls: TLS | None = None,
         max_connections: int = MAX_CONNECTIONS,
-        lifeline: socket.socket | None = None,
+        parent_alive: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         """Takes over what listen gave.
 
-        lifeline: when its other end is closed, stop. log takes one access-log line for each request.
+        parent_alive: when its other end is closed, stop. log takes one access-log line for each request.
         """
         super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
         self.socket.close()
         self.socket, self.server_address = listener, listener.getsockname()
-        self.site = site
+        self.context = context
         self.tls = tls
         self.log = log
         self._max_connections = max_connections
-        self._lifeline = lifeline
+        self._parent_alive = parent_alive
         self.stopping = False
         self._connections: dict[Connection, None] = {}  # in the order in which they were opened
         self._serving: set[threading.Thread] = set()
@@ -3508,11 +3520,11 @@ class Server(ThreadingHTTPServer):
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wakee, selectors.EVENT_READ)
-            if self._lifeline:
-                selector.register(self._lifeline, selectors.EVENT_READ)
+            if self._parent_alive:
+                selector.register(self._parent_alive, selectors.EVENT_READ)
             while not self.stopping:
                 ready = [key.fileobj for key, _ in selector.select()]
-                self.stopping = self.stopping or self._lifeline in ready
+                self.stopping = self.stopping or self._parent_alive in ready
                 self._accept()
 
     def _accept(self) -> None:
@@ -3651,7 +3663,7 @@ class Registry:
     """
 
     data: str | os.PathLike[str] | None = None
-    listen: str = "127.0.0.1"  # an address or a name of this machine
+    host: str = "127.0.0.1"  # an address or a name of this machine
     port: int = 0  # 0: a free one
     sparse: bool = False  # accept manifests whose layers or children are absent
     sync: bool | None = None  # whether acknowledged means durable; by default, if data is given
@@ -3670,7 +3682,7 @@ class Registry:
     log: Callable[[str], None] | None = None  # takes one line for each request
 
     def __post_init__(self) -> None:
-        self._patience = 0.0
+        self._stop_timeout = 0.0
         self._token_key: bytes | None = None  # once known, that of every worker
         self._resources = contextlib.ExitStack()
 
@@ -3689,19 +3701,19 @@ class Registry:
         self._resources.callback(self.server.stop_accepting)
         return self
 
-    def open(self, listener: socket.socket | None = None, lifeline: socket.socket | None = None) -> None:
+    def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
         self._check_options()
         with contextlib.ExitStack() as resources:
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
-            self.server = self._open_server(listener or self.bind(), lifeline)
+            self.server = self._open_server(listener or self.bind(), parent_alive)
             resources.callback(self.server.server_close)
-            resources.callback(lambda: self.server.finish_requests(self._patience))
+            resources.callback(lambda: self.server.finish_requests(self._stop_timeout))
             if not self.read_only:
                 self.store.expire_uploads()
-                self.store.remove_doomed()
-                self._start_housekeeping(resources)
+                self.store.remove_pending()
+                self._start_periodic_jobs(resources)
             self._resources = resources.pop_all()
 
     def _open_store(self, resources: contextlib.ExitStack) -> Store:
@@ -3718,11 +3730,11 @@ class Registry:
     def bind(self) -> socket.socket:
         """A socket that listens where this registry is to. Raises StartupError."""
         try:
-            return listen(self.listen, self.port)
+            return listen(self.host, self.port)
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
-                f"cannot listen on {self.listen} port {self.port}: {reason}; choose another --host or --port"
+                f"cannot listen on {self.host} port {self.port}: {reason}; choose another --host or --port"
             ) from error
 
     def _check_options(self) -> None:
@@ -3735,14 +3747,19 @@ class Registry:
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
-    def _open_server(self, listener: socket.socket, lifeline: socket.socket | None) -> Server:
+    def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
-            site = Site(self.store, self._open_access(), self.public_url, secure=tls is not None)
+            context = Context(self.store, self._open_access(), self.public_url, secure=tls is not None)
             undo.pop_all()
         return Server(
-            listener, site, tls=tls, max_connections=self.max_connections, lifeline=lifeline, log=self.log
+            listener,
+            context,
+            tls=tls,
+            max_connections=self.max_connections,
+            parent_alive=parent_alive,
+            log=self.log,
         )
 
     def _open_access(self) -> Access:
@@ -3763,14 +3780,14 @@ class Registry:
             key=self._token_key or b"",
         )
 
-    def _start_housekeeping(self, resources: contextlib.ExitStack) -> None:
+    def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
         stop = threading.Event()
-        housekeeper = threading.Thread(target=self._keep_house, args=(stop,), daemon=True)
+        housekeeper = threading.Thread(target=self._run_periodic_jobs, args=(stop,), daemon=True)
         housekeeper.start()
         resources.callback(housekeeper.join)
         resources.callback(stop.set)
 
-    def _keep_house(self, stop: threading.Event) -> None:
+    def _run_periodic_jobs(self, stop: threading.Event) -> None:
         """Do what comes round, each job at its interval, until told to stop."""
         jobs: list[tuple[float, Callable[[], object]]] = [
             (FLUSH_INTERVAL, self.store.flush_pulls),
@@ -3801,13 +3818,13 @@ class Registry:
 
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
-        self._patience = timeout
+        self._stop_timeout = timeout
         if hasattr(self, "server"):
             self.server.stop_accepting()
         self._resources.close()
 
     @property
-    def host(self) -> str:
+    def netloc(self) -> str:
         """Host and port as an image reference begins with them: 127.0.0.1:5000."""
         host, port = self.server.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
@@ -3815,7 +3832,7 @@ class Registry:
     @property
     def url(self) -> str:
         """Where the registry answers: http://127.0.0.1:5000."""
-        return f"{'https' if self.tls_cert else 'http'}://{self.host}"
+        return f"{'https' if self.tls_cert else 'http'}://{self.netloc}"
 
 
 # === Command line =====================================================================================
@@ -3896,7 +3913,7 @@ class Workers:
     def run(self, announce: Callable[[], None]) -> None:
         """Serve until SIGTERM or Ctrl-C. Raises StartupError."""
         self._listener = self._registry.bind()
-        self._lifeline, self._end = socket.socketpair()
+        self._parent_alive, self._end = socket.socketpair()
         self._registry.open(self._listener.dup())  # what is wrong is better said once, and before
         announce()
         self._registry.close()
@@ -3934,7 +3951,7 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
             self._end.close()
             self._registry.gc_interval = 0 if number else self._registry.gc_interval
-            self._registry.open(self._listener, self._lifeline)
+            self._registry.open(self._listener, self._parent_alive)
             stop_on_signals(self._registry.server, signal.SIGTERM)
             serve_until_stopped(self._registry)
             status = 0
@@ -3954,7 +3971,7 @@ class Workers:
 
 def exposure_warnings(options: argparse.Namespace) -> list[str]:
     """What somebody on the network could do to a registry that listens beyond this machine."""
-    if options.listen in ("localhost", "::1") or options.listen.startswith("127."):
+    if options.host in ("localhost", "::1") or options.host.startswith("127."):
         return []
     warnings = []
     if not (options.users or options.tls_client_ca or options.read_only):
@@ -4050,7 +4067,7 @@ def command_verify(options: argparse.Namespace) -> int:
             progress.finish()
             print(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}", flush=True)
             found += 1
-        store.remove_doomed()
+        store.remove_pending()
         progress.finish()
     print(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
@@ -4167,7 +4184,7 @@ POLICY_OPTIONS = (
 )
 SERVE_OPTIONS = (
     DATA_OPTION,
-    ("--host", "address to listen on", {"dest": "listen", "default": "127.0.0.1", "metavar": "HOST"}),
+    ("--host", "address to listen on", {"default": "127.0.0.1", "metavar": "HOST"}),
     ("--port", "port to listen on, 0 for a free one",
         {"type": parse_port, "default": 5000, "metavar": "PORT"}),
     ("--workers", "serve with so many processes, for more than one core's worth",

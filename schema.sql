@@ -18,16 +18,16 @@ CREATE TABLE IF NOT EXISTS blobs (
 
 -- Files whose rows are gone and that are to be removed: remembered, so that a
 -- crash in between leaves nothing behind.
-CREATE TABLE IF NOT EXISTS doomed (
+CREATE TABLE IF NOT EXISTS pending_deletes (
     digest TEXT PRIMARY KEY NOT NULL
 ) WITHOUT ROWID;
 
 CREATE TRIGGER IF NOT EXISTS blob_dropped AFTER DELETE ON blobs BEGIN
-    INSERT INTO doomed (digest) VALUES (OLD.digest);
+    INSERT INTO pending_deletes (digest) VALUES (OLD.digest);
 END;
 
 CREATE TRIGGER IF NOT EXISTS blob_stored AFTER INSERT ON blobs BEGIN
-    DELETE FROM doomed WHERE digest = NEW.digest;
+    DELETE FROM pending_deletes WHERE digest = NEW.digest;
 END;
 
 -- The links: a repository serves the blobs it is linked to and no others.
@@ -35,7 +35,7 @@ END;
 CREATE TABLE IF NOT EXISTS repository_blobs (
     repository_id INTEGER NOT NULL REFERENCES repositories (id),
     digest        TEXT NOT NULL REFERENCES blobs (digest),
-    told_at       INTEGER NOT NULL, -- when a client last pushed it, was told that it is here, or untagged it
+    leased_at       INTEGER NOT NULL, -- when a client last pushed it, was told that it is here, or untagged it
     needed_by     INTEGER NOT NULL DEFAULT 0, -- manifests of the repository that reference it
     PRIMARY KEY (repository_id, digest)
 ) WITHOUT ROWID;
@@ -44,7 +44,7 @@ CREATE INDEX IF NOT EXISTS repository_blobs_by_digest ON repository_blobs (diges
 
 -- What garbage collection looks at: so its cost follows the garbage, not the store.
 CREATE INDEX IF NOT EXISTS repository_blobs_unneeded
-    ON repository_blobs (told_at) WHERE needed_by = 0;
+    ON repository_blobs (leased_at) WHERE needed_by = 0;
 
 -- A blob goes with its last link, and a repository with its last blob.
 CREATE TRIGGER IF NOT EXISTS blob_unlinked AFTER DELETE ON repository_blobs BEGIN
@@ -114,12 +114,12 @@ CREATE TABLE IF NOT EXISTS tags (
 CREATE INDEX IF NOT EXISTS tags_by_digest ON tags (repository_id, digest);
 
 CREATE TRIGGER IF NOT EXISTS tag_removed AFTER DELETE ON tags BEGIN
-    UPDATE repository_blobs SET told_at = CAST(strftime('%s', 'now') AS INTEGER)
+    UPDATE repository_blobs SET leased_at = CAST(strftime('%s', 'now') AS INTEGER)
     WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
 END;
 
 CREATE TRIGGER IF NOT EXISTS tag_moved AFTER UPDATE OF digest ON tags WHEN NEW.digest <> OLD.digest BEGIN
-    UPDATE repository_blobs SET told_at = CAST(strftime('%s', 'now') AS INTEGER)
+    UPDATE repository_blobs SET leased_at = CAST(strftime('%s', 'now') AS INTEGER)
     WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
 END;
 

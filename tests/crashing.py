@@ -72,7 +72,7 @@ def serve(data: str, countdown: Countdown, *, whole: bool) -> None:
     countdown.armed = whole
     daemon = registry.Registry(data)
     daemon.open()
-    _say(1, json.dumps({"host": daemon.host}).encode() + b"\n")
+    _say(1, json.dumps({"host": daemon.netloc}).encode() + b"\n")
     countdown.armed = True
     daemon.serve()
 

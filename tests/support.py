@@ -591,12 +591,12 @@ class RegistryTestCase(HTTPTestCase):
 
     def setUp(self) -> None:
         name = f"{type(self).__name__.lower()}/{next(_numbers)}"
-        self.client = Client(self.registry.host, name)
+        self.client = Client(self.registry.netloc, name)
         self.other = self.client.at(f"{name}-other")
         self._unfinished_before = self._unfinished()
 
     def connect(self) -> RawConnection:
-        connection = RawConnection(self.registry.host)
+        connection = RawConnection(self.registry.netloc)
         self.addCleanup(connection.__exit__)
         return connection
 

@@ -74,12 +74,12 @@ class AccessTestCase(HTTPTestCase):
             options["grants"] = str(self.grants)
         options = {"data": str(self.data.path), "users": str(self.users), "sync": False, **options}
         self.registry = self.resources.enter_context(registry.Registry(log=self.log.append, **options))
-        return AuthorizedClient(self.registry.host, "team/app")
+        return AuthorizedClient(self.registry.netloc, "team/app")
 
     def serve_anybody(self) -> Client:
         """A second registry on the same data that asks nobody who they are: a client of it."""
         running = registry.Registry(data=str(self.data.path), sync=False)
-        return Client(self.resources.enter_context(running).host, "team/app")
+        return Client(self.resources.enter_context(running).netloc, "team/app")
 
     def patch(self, **constants: Any) -> None:
         self.resources.enter_context(mock.patch.multiple(registry, **constants))
@@ -646,7 +646,7 @@ class TokenTest(AccessTestCase):
         ]
         for one in run_at_once(*(one.start for one in running)):
             self.resources.callback(one.close)
-        first, *others = (AuthorizedClient(one.host, "a", user("puller")) for one in running)
+        first, *others = (AuthorizedClient(one.netloc, "a", user("puller")) for one in running)
         token = first.bearer("repository:a:pull")
         for client in others:
             self.assert_error(client.as_caller(token).get("tags/list"), 404)
@@ -910,7 +910,7 @@ class FailureTest(AccessTestCase):
     def test_guesses_made_at_once_count_too(self) -> None:
         client = self.serve()
         check = mock.Mock(return_value=False, side_effect=lambda _password: bool(time.sleep(0.02)))
-        with mock.patch.object(self.registry.server.site.access._users, "_value", {"puller": ("", check)}):
+        with mock.patch.object(self.registry.server.context.access._users, "_value", {"puller": ("", check)}):
             run_at_once(*[lambda n=n: self.guess(client, "puller", f"{n}") for n in range(40)])
         self.assertEqual(check.call_count, registry.FAILURE_LIMIT)
 

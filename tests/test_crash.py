@@ -170,7 +170,7 @@ class CrashTestCase(HTTPTestCase):
         cls.base = cls.directory / "base"
         with registry.Registry(cls.base, sync=False) as prepared:
             ledger = Ledger({})
-            actor = Actor(Client(prepared.host, scenarios.REPOSITORY), ledger)
+            actor = Actor(Client(prepared.netloc, scenarios.REPOSITORY), ledger)
             scenarios.prepare(actor)
             actor.append(actor.open_session(scenarios.content("given up")), 1000)
         upkeep.everything(cls.base, upkeep.HOUR)  # so that each HEAD renews a lease, which is a step

@@ -110,7 +110,7 @@ class DurableOrder(unittest.TestCase):
         cls.base = cls.directory / "base"
         with registry.Registry(cls.base, sync=False) as prepared:
             ledger = Ledger({})
-            scenarios.prepare(Actor(Client(prepared.host, scenarios.REPOSITORY), ledger))
+            scenarios.prepare(Actor(Client(prepared.netloc, scenarios.REPOSITORY), ledger))
         cls.facts = ledger.known
 
     @contextlib.contextmanager
@@ -124,7 +124,7 @@ class DurableOrder(unittest.TestCase):
                 yield disk, running
 
     def play(self, scenario: scenarios.Scenario, running: registry.Registry) -> None:
-        scenario(Actor(Client(running.host, scenarios.REPOSITORY), Ledger(self.facts)))
+        scenario(Actor(Client(running.netloc, scenarios.REPOSITORY), Ledger(self.facts)))
 
     def test_no_row_before_its_file_is_durable_and_no_file_gone_before_its_row(self) -> None:
         for scenario in scenarios.SCENARIOS:
@@ -274,11 +274,11 @@ class DamageSeenByRestartedDaemon(HTTPTestCase):
     def test_a_manifest_damaged_while_the_registry_was_down_is_unknown(self) -> None:
         with tempfile.TemporaryDirectory() as data:
             with registry.Registry(data) as running:
-                image = Client(running.host, "down").push_image("v1")
-                Client(running.host, "down").expect(200, "GET", "manifests/v1")
+                image = Client(running.netloc, "down").push_image("v1")
+                Client(running.netloc, "down").expect(200, "GET", "manifests/v1")
             os.truncate(Path(data) / "blobs" / image.digest.replace(":", "/"), 10)
             with registry.Registry(data) as running:
-                client = Client(running.host, "down")
+                client = Client(running.netloc, "down")
                 self.assert_error(client.get("manifests/v1"), 404, "MANIFEST_UNKNOWN")
                 self.assertEqual(client.head("manifests/v1").status, 404)
                 client.push_manifest(image.body, "v1")

@@ -40,7 +40,7 @@ def request(method, path, body=None, headers={}):
 
 for _ in range(2):
     with Registry() as registry:
-        assert registry.url == "http://" + registry.host
+        assert registry.url == "http://" + registry.netloc
         here, there = registry.url + "/v2/some/name/", registry.url + "/v2/another/"
         config = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
         descriptor = {"mediaType": "a/b", "digest": config, "size": 2}
@@ -77,21 +77,21 @@ for _ in range(2):
 class EmbeddingTest(HTTPTestCase):
     def test_it_tells_where_it_is(self) -> None:
         with Registry() as registry:
-            self.assertRegex(registry.host, r"\A127\.0\.0\.1:[1-9][0-9]*\Z")
-            self.assertEqual(registry.url, f"http://{registry.host}")
-            self.assert_status(Client(registry.host).get("/v2/"), 200)
+            self.assertRegex(registry.netloc, r"\A127\.0\.0\.1:[1-9][0-9]*\Z")
+            self.assertEqual(registry.url, f"http://{registry.netloc}")
+            self.assert_status(Client(registry.netloc).get("/v2/"), 200)
 
     def test_it_takes_the_port_it_is_given(self) -> None:
         port = free_port()
         for _ in range(3):
             with Registry(port=port) as registry:
-                self.assertEqual(registry.host, f"127.0.0.1:{port}")
-                with RawConnection(registry.host) as connection:
+                self.assertEqual(registry.netloc, f"127.0.0.1:{port}")
+                with RawConnection(registry.netloc) as connection:
                     connection.request("GET", "/v2/").read()
 
     def test_several_are_strangers_to_each_other(self) -> None:
         with contextlib.ExitStack() as stack:
-            clients = [Client(stack.enter_context(Registry()).host, "a/b") for _ in range(4)]
+            clients = [Client(stack.enter_context(Registry()).netloc, "a/b") for _ in range(4)]
             self.assertEqual(len({client.host for client in clients}), 4)
             images = [client.push_image("latest") for client in clients]
             for client, image in zip(clients, images):
@@ -102,25 +102,25 @@ class EmbeddingTest(HTTPTestCase):
     def test_one_ending_does_not_end_another(self) -> None:
         with Registry() as kept:
             with Registry() as ended:
-                Client(ended.host).get("/v2/")
-            self.assert_status(Client(kept.host).get("/v2/"), 200)
+                Client(ended.netloc).get("/v2/")
+            self.assert_status(Client(kept.netloc).get("/v2/"), 200)
 
     def test_a_directory_of_its_own_outlives_it(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             for data in (directory, Path(directory), Path(directory, "made", "if", "missing")):
                 with self.subTest(data):
                     with Registry(data=data) as registry:
-                        image = Client(registry.host, "a").push_image("latest")
-                        location = Client(registry.host, "a").open_upload()
-                        Client(registry.host).expect(202, "PATCH", location, b"abc")
+                        image = Client(registry.netloc, "a").push_image("latest")
+                        location = Client(registry.netloc, "a").open_upload()
+                        Client(registry.netloc).expect(202, "PATCH", location, b"abc")
                     with Registry(data=data) as registry:
-                        client = Client(registry.host, "a")
+                        client = Client(registry.netloc, "a")
                         self.assertEqual(client.get("manifests/latest").body, image.body)
                         client.expect(201, "PUT", with_digest(location, digest_of(b"abcdef")), b"def")
 
     def test_sparse_is_an_option(self) -> None:
         with Registry(sparse=True) as registry, Registry() as strict:
-            for host, status in ((registry.host, 201), (strict.host, 400)):
+            for host, status in ((registry.netloc, 201), (strict.netloc, 400)):
                 client = Client(host, "a")
                 child = {"mediaType": "a/b", "digest": digest_of(b"absent"), "size": 6}
                 index = {"schemaVersion": 2, "mediaType": "c/d", "manifests": [child]}
@@ -129,13 +129,13 @@ class EmbeddingTest(HTTPTestCase):
     def test_it_can_be_used_from_any_thread(self) -> None:
         def push() -> bytes:
             with Registry() as registry:
-                return Client(registry.host, "a").push_image("latest").body
+                return Client(registry.netloc, "a").push_image("latest").body
 
         self.assertEqual(len(set(run_at_once(*[push] * 4))), 4)
 
     def test_an_error_in_the_block_comes_out_of_it(self) -> None:
         with self.assertRaisesRegex(ZeroDivisionError, "by zero"), Registry() as registry:
-            host = registry.host
+            host = registry.netloc
             raise ZeroDivisionError("by zero")
         with self.assertRaises(OSError):
             RawConnection(host)
@@ -143,7 +143,7 @@ class EmbeddingTest(HTTPTestCase):
     def test_it_starts_in_no_time(self) -> None:
         def start() -> None:
             with Registry() as registry:
-                Client(registry.host).get("/v2/")
+                Client(registry.netloc).get("/v2/")
 
         self.assertLess(statistics.median(elapsed(start) for _ in range(9)), 0.05)
 
@@ -160,7 +160,7 @@ class TraceTest(HTTPTestCase):
         self.addCleanup(patch.stop)
 
     def use(self, registry: Registry) -> None:
-        client = Client(registry.host, "a")
+        client = Client(registry.netloc, "a")
         client.push_image("latest")
         client.expect(202, "PATCH", client.open_upload(), unique())
         client.get("manifests/unheard-of")
@@ -175,7 +175,7 @@ class TraceTest(HTTPTestCase):
         before = set(threading.enumerate())
         with Registry() as registry, contextlib.ExitStack() as stack:
             self.use(registry)
-            for connection in [stack.enter_context(RawConnection(registry.host)) for _ in range(5)]:
+            for connection in [stack.enter_context(RawConnection(registry.netloc)) for _ in range(5)]:
                 connection.request("GET", "/v2/").read()
             self.assertNotEqual(set(threading.enumerate()), before)
         self.assertEqual(set(threading.enumerate()), before)
@@ -185,7 +185,7 @@ class TraceTest(HTTPTestCase):
         with contextlib.ExitStack() as stack:
             for _ in range(20):
                 with Registry() as registry:
-                    last = stack.enter_context(RawConnection(registry.host)).request("GET", "/v2/")
+                    last = stack.enter_context(RawConnection(registry.netloc)).request("GET", "/v2/")
                 self.assertEqual(set(threading.enumerate()), before)
                 last.drain()
 
@@ -205,7 +205,7 @@ class TraceTest(HTTPTestCase):
     def test_no_port_is_left(self) -> None:
         with Registry() as registry:
             self.use(registry)
-            name, _, port = registry.host.partition(":")
+            name, _, port = registry.netloc.partition(":")
         with self.assertRaises(ConnectionRefusedError):
             socket.create_connection((name, int(port)))
         with Registry(port=int(port)) as registry:
@@ -217,12 +217,12 @@ class TraceTest(HTTPTestCase):
             with Registry() as registry:
                 self.use(registry)
                 _silent, idle, cut, busy, reading = connections = [
-                    stack.enter_context(RawConnection(registry.host)) for _ in range(5)
+                    stack.enter_context(RawConnection(registry.netloc)) for _ in range(5)
                 ]
-                big = Client(registry.host, "a").push_blob(os.urandom(16_000_000))
+                big = Client(registry.netloc, "a").push_blob(os.urandom(16_000_000))
                 idle.request("GET", "/v2/").read()
                 cut.send(b"GET /v2/ HTTP/1.1\r\nHos")
-                location = Client(registry.host, "a").open_upload()
+                location = Client(registry.netloc, "a").open_upload()
                 busy.request("PATCH", location, "Content-Length: 10", "Expect: 100-continue")
                 self.assert_status(busy.read(), 100)
                 busy.send(b"abc")
@@ -236,8 +236,8 @@ class TraceTest(HTTPTestCase):
     def test_clients_in_mid_request_do_not_hold_it_up(self) -> None:
         def end() -> None:
             with Registry() as registry:
-                connection = stack.enter_context(RawConnection(registry.host))
-                location = Client(registry.host, "a").open_upload()
+                connection = stack.enter_context(RawConnection(registry.netloc))
+                location = Client(registry.netloc, "a").open_upload()
                 connection.request("PATCH", location, "Content-Length: 10", "Expect: 100-continue")
                 self.assert_status(connection.read(), 100)
 

@@ -183,14 +183,14 @@ class NotAByteLeft(FullDiskTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.image = self.client.push_image("v1")
-        self.doomed = self.client.push_image("doomed", layers=2)
+        self.pending_deletes = self.client.push_image("pending_deletes", layers=2)
         self.loose = unique("loose").ljust(2 * MEBIBYTE, b".")
         self.client.push_blob(self.loose)
 
     def test_pulls_and_listings_go_on(self) -> None:
         self.volume.fill()
         self.assert_serves(self.image, "v1")
-        self.assertEqual(self.client.expect(200, "GET", "tags/list").json["tags"], ["doomed", "v1"])
+        self.assertEqual(self.client.expect(200, "GET", "tags/list").json["tags"], ["pending_deletes", "v1"])
         self.client.expect(200, "GET", "/v2/_catalog")
         self.client.expect(200, "GET", f"referrers/{self.image.digest}")
 
@@ -230,16 +230,16 @@ class NotAByteLeft(FullDiskTestCase):
         self.volume.fill()
         self.client.expect(202, "DELETE", f"blobs/{digest_of(self.loose)}")
         self.assertGreaterEqual(self.volume.free, len(self.loose))
-        self.client.expect(202, "DELETE", "manifests/doomed")
-        self.client.expect(202, "DELETE", f"manifests/{self.doomed.digest}")
+        self.client.expect(202, "DELETE", "manifests/pending_deletes")
+        self.client.expect(202, "DELETE", f"manifests/{self.pending_deletes.digest}")
         self.client.push_blob(self.loose)
         self.assert_serves(self.image, "v1")
         self.assert_agreement()
 
     def test_deleting_a_manifest_works_when_nothing_was_freed_before(self) -> None:
         self.volume.fill()
-        self.client.expect(202, "DELETE", f"manifests/{self.doomed.digest}")
-        self.assertEqual(self.client.head("manifests/doomed").status, 404)
+        self.client.expect(202, "DELETE", f"manifests/{self.pending_deletes.digest}")
+        self.assertEqual(self.client.head("manifests/pending_deletes").status, 404)
         self.assert_agreement()
 
     def test_after_space_was_made_elsewhere_everything_works_again(self) -> None:

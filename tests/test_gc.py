@@ -472,7 +472,7 @@ class Sweeping(CollectionTestCase):
 
     def test_a_session_opened_while_the_sweep_looks_around_is_left_alone(self) -> None:
         store = self.registry.store
-        for owner, name in ((store.files, "uploads"), (store, "read")):
+        for owner, name in ((store.files, "uploads"), (store, "query")):
             with self.subTest(name):
                 self.assert_survives_sweep(owner, name)
 

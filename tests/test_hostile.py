@@ -169,7 +169,7 @@ class ConnectionLimitTest(HTTPTestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         running = stack.enter_context(registry.Registry(max_connections=self.LIMIT))
-        self.client = Client(running.host, "many")
+        self.client = Client(running.netloc, "many")
         self.stack = stack
 
     def connect(self) -> RawConnection:
@@ -233,7 +233,7 @@ class TimeoutTest(HTTPTestCase):
         self.data = DataDirectory(data)
         running = stack.enter_context(registry.Registry(data=data, sync=False))
         self.threads = threading.active_count()
-        self.client = Client(running.host, "slow")
+        self.client = Client(running.netloc, "slow")
 
     def connect(self) -> RawConnection:
         connection = RawConnection(self.client.host)
@@ -604,7 +604,7 @@ class SymlinkTest(RegistryTestCase):
     def use(self, running: registry.Registry) -> None:
         """Start a registry and push something to it."""
         with running:
-            AuthorizedClient(running.host, "a", basic("a", "b")).push_blob(b"x")
+            AuthorizedClient(running.netloc, "a", basic("a", "b")).push_blob(b"x")
 
 
 class SessionTest(RegistryTestCase):

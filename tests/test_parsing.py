@@ -117,7 +117,7 @@ class RangeTest(ParsingTest):
             ("bytes=3-2", 10),
         ):
             with self.subTest(text=text, size=size):
-                error = self.assert_raises(ErrorCode.CONTENT_RANGE, registry.parse_range, text, size)
+                error = self.assert_raises(ErrorCode.RANGE_NOT_SATISFIABLE, registry.parse_range, text, size)
                 self.assertEqual(error.headers, (("Content-Range", f"bytes */{size}"),))
 
 
@@ -165,7 +165,7 @@ class HeadTest(ParsingTest):
 
     def test_body_length(self) -> None:
         def length(headers: dict[str, str], version: str = "HTTP/1.1") -> int | None:
-            return registry.body_length(registry.Head("PUT", "/", version, headers))
+            return registry.body_length(registry.RequestHead("PUT", "/", version, headers))
 
         self.assertEqual(length({}), 0)
         self.assertEqual(length({"content-length": "12"}), 12)
@@ -210,7 +210,7 @@ class RouteTest(ParsingTest):
     def test_unknown_paths(self) -> None:
         for path in ("", "/", "/v1/", "/v2/a", "/v2/a/tags", "/v2//tags/list", "/v2/manifests/x"):
             with self.subTest(path=path):
-                self.assert_raises(ErrorCode.ROUTE_UNKNOWN, registry.find_path, path)
+                self.assert_raises(ErrorCode.NOT_FOUND, registry.find_path, path)
 
 
 class ManifestTest(ParsingTest):

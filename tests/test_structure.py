@@ -82,7 +82,17 @@ class StructureTest(unittest.TestCase):
                     )
 
     def test_storage_has_never_heard_of_requests(self) -> None:
-        forbidden = {"Request", "Reply", "Wire", "Body", "Route", "Server", "Connection", "socket", "http"}
+        forbidden = {
+            "Request",
+            "Reply",
+            "SocketReader",
+            "Body",
+            "Route",
+            "Server",
+            "Connection",
+            "socket",
+            "http",
+        }
         for name in ("Digests", "Manifests", "Files", "Store"):
             self.assertEqual(names_used(*sections()[name]) & forbidden, set(), name)
 

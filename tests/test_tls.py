@@ -80,7 +80,7 @@ class TLSTestCase(HTTPTestCase):
         """Start a registry; a client that trusts it."""
         files = {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
         self.registry = self.resources.enter_context(registry.Registry(**{**files, **options}))
-        return SecureClient(self.registry.host, self.trusting())
+        return SecureClient(self.registry.netloc, self.trusting())
 
     def trusting(self, certificate: Path | None = None) -> ssl.SSLContext:
         """A client's settings: it trusts the authority, and may have a certificate to show."""
@@ -91,11 +91,11 @@ class TLSTestCase(HTTPTestCase):
 
     def connect(self) -> RawConnection:
         """A connection on which nobody has spoken TLS yet."""
-        return self.resources.enter_context(RawConnection(self.registry.host))
+        return self.resources.enter_context(RawConnection(self.registry.netloc))
 
     def common_name(self) -> str:
         """Whose certificate the registry shows to a new client."""
-        host, _, port = self.registry.host.partition(":")
+        host, _, port = self.registry.netloc.partition(":")
         plain = socket.create_connection((host, int(port)), TIMEOUT)
         with self.trusting().wrap_socket(plain, server_hostname=host) as secure:
             return dict(part[0] for part in secure.getpeercert()["subject"])["commonName"]
@@ -104,7 +104,7 @@ class TLSTestCase(HTTPTestCase):
 class ConnectionTest(TLSTestCase):
     def test_images_are_pushed_and_pulled(self) -> None:
         client = self.serve()
-        self.assertEqual(self.registry.url, f"https://{self.registry.host}")
+        self.assertEqual(self.registry.url, f"https://{self.registry.netloc}")
         image = client.push_image("latest")
         self.assertEqual(client.get("manifests/latest").body, image.body)
         for blob in image.blobs:

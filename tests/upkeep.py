@@ -42,7 +42,7 @@ def change(data: Path, sql: str, *values: Any) -> None:
 
 def leases_told(data: Path, ago: float, digest: str = "%") -> None:
     """Clients were told of all blobs, or of one, so many seconds earlier than they were."""
-    change(data, "UPDATE repository_blobs SET told_at = told_at - ? WHERE digest LIKE ?", ago, digest)
+    change(data, "UPDATE repository_blobs SET leased_at = leased_at - ? WHERE digest LIKE ?", ago, digest)
 
 
 def manifests_pushed(data: Path, ago: float, digest: str = "%") -> None:

@@ -10,7 +10,7 @@ The data directory:
 
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
     uploads/<session id>        the bytes of uploads under way
-    registry.db                 SQLite: repositories, links, manifests, tags, upload sessions
+    registry.db                 SQLite: repositories, links, manifests, tags
     generation                  changes with every commit, for the processes that share the directory
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
     token.key                   what tokens are signed with, where there are users
@@ -54,7 +54,6 @@ import io
 import json
 import mmap
 import os
-import queue
 import re
 import secrets
 import selectors
@@ -73,7 +72,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
 try:
@@ -119,7 +118,8 @@ DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
-BUFFER_SIZE = 1 * MIB  # each of an upload's two buffers
+BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
+LARGE_UPLOADS = 32  # at once with such buffers; any others do with one of RECEIVE_SIZE
 FLUSH_SIZE = 8 * MIB  # after which the disk may begin to write an upload
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
 CACHE_SIZE = 8 * MIB
@@ -161,6 +161,8 @@ NAME_LIMIT = 255
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+# A file under uploads/. A session's id says what its bytes are hashed with and, hashed, whose it is.
+UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -479,82 +481,35 @@ def locked_directory(path: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-class WriteBehind:
-    """Two buffers: while one is filled, the other is written in a thread of its own.
+@contextlib.contextmanager
+def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memoryview], None]]:
+    """A write that returns at once: the next call, and the end, wait for it and raise what it raised."""
+    from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
-    Hashing and writing on one core, receiving on another: all three let other threads run. The thread is
-    started when there is more than one buffer to write; what is in a buffer at the end, also after an
-    exception, is written on the way out.
-    """
+    last: Future[None] = Future()
+    last.set_result(None)
 
-    def __init__(self, write: Callable[[memoryview], None], size: int) -> None:
-        """write is called with one buffer of this size after another, and once with what the last one has."""
-        self._write = write
-        self._size = size
-        self._buffer = memoryview(bytearray(size))
-        self._other: memoryview | None = None
-        self._filled = 0
-        self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+    def write_later(data: memoryview) -> None:
+        nonlocal last
+        last.result()
+        last = thread.submit(write, data)
 
-    @property
-    def free(self) -> memoryview:
-        """The part of the buffer to fill next, never empty."""
-        return self._buffer[self._filled :]
-
-    def fill(self, count: int) -> None:
-        """So many bytes of it are filled. Raises what an earlier write raised."""
-        self._filled += count
-        if self._filled == self._size:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._thread is None:
-            self._other = memoryview(bytearray(self._size))
-            thread = threading.Thread(target=self._run, daemon=True)
-            thread.start()
-            self._thread = thread
-        else:
-            self._wait()
-        self._full.put(self._buffer)
-        assert self._other is not None
-        self._buffer, self._other, self._filled = self._other, self._buffer, 0
-
-    def _run(self) -> None:
-        while (data := self._full.get()) is not None:
-            try:
-                self._write(data)
-                self._written.put(None)
-            except BaseException as error:
-                self._written.put(error)
-
-    def _wait(self) -> None:
-        error = self._written.get()
-        if error:
-            self._written.put(error)
-            raise error
-
-    def __enter__(self) -> WriteBehind:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    with ThreadPoolExecutor(1) as thread:
         try:
-            if self._thread:
-                self._wait()
-            if self._filled:
-                self._write(self._buffer[: self._filled])
+            yield write_later
         finally:
-            if self._thread:
-                self._full.put(None)
-                self._thread.join()
+            last.result()
 
 
 class UploadFile:
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
-    The lock is the file's own (flock), so it holds between processes and ends with them.
+    The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
+    descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
+    that a file is never open for writing once it is under blobs/.
     """
+
+    _large = threading.BoundedSemaphore(LARGE_UPLOADS)
 
     def __init__(
         self,
@@ -562,7 +517,7 @@ class UploadFile:
         algorithm: str,
         check_space: Callable[[int, int], None],
         *,
-        create: bool,
+        create: bool = False,
         patience: float = UPLOAD_LOCK_TIMEOUT,
     ) -> None:
         """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer.
@@ -570,19 +525,20 @@ class UploadFile:
         check_space is asked before the file grows, with its size and by how much, and raises what forbids it.
         """
         self.path = path
-        self._check_space = check_space
         self.id = os.path.basename(path)
-        mode = "xb+" if create else "rb+"
-        self._file: IO[Any] = open(path, mode, buffering=0, opener=no_follow)  # noqa: SIM115
+        self._check_space = check_space
+        more = os.O_CREAT | os.O_EXCL if create else 0
+        self._file = open(  # noqa: SIM115
+            path, "rb", buffering=0, opener=lambda path, flags: no_follow(path, flags | more)
+        )
         try:
             self._lock(time.monotonic() + patience)
-            self.size = self._file.seek(0, os.SEEK_END)
         except BaseException:
             self._file.close()
             raise
-        self._hash = hashlib.new(algorithm)
-        self._hashed = 0
-        self._flushed = self.size
+        self.size = self._flushed = os.fstat(self._file.fileno()).st_size
+        # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
+        self._hash: Any = None if self.size else hashlib.new(algorithm)
 
     def _lock(self, deadline: float) -> None:
         if fcntl is None:
@@ -595,85 +551,109 @@ class UploadFile:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
-        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
         """Append all that readinto gives until it gives nothing, and return how many bytes that was.
 
-        expected: how many bytes that will be, if it is known. What was received before an exception
-        stays in the file.
+        expected: how many bytes that will be, if it is known. What was received before an exception stays
+        in the file. Once much has come, and not too many others have such, two large buffers take turns:
+        one is hashed and written while the other is filled.
         """
         self._check_space(self.size, expected or 0)
-        self._catch_up()
-        start = self.size
-        size = BUFFER_SIZE if expected is None else min(expected + 1, BUFFER_SIZE)  # one more: never full
-        with WriteBehind(self._write, size) as behind:
-            while count := readinto(behind.free):
-                behind.fill(count)
+        start, filled = self.size, 0
+        size = RECEIVE_SIZE if expected is None else min(expected + 1, RECEIVE_SIZE)  # one more: never full
+        buffers = [memoryview(bytearray(size))]
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(self.path, "rb+", buffering=0, opener=no_follow))
+            file.seek(start)
+            write: Callable[[memoryview], None] = functools.partial(self._write, file)
+            try:
+                while count := readinto(buffers[0][filled:]):
+                    filled += count
+                    if filled == len(buffers[0]):
+                        filled = 0  # before the write: one that fails is not repeated below
+                        write(buffers[0])
+                        buffers.reverse()
+                        if len(buffers) == 1 and self._large.acquire(blocking=False):
+                            stack.callback(self._large.release)
+                            write = stack.enter_context(write_behind(write))
+                            buffers = [memoryview(bytearray(BUFFER_SIZE)) for _ in range(2)]
+            finally:
+                if filled:
+                    write(buffers[0][:filled])
         return self.size - start
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, file: io.FileIO, data: memoryview) -> None:
         self._check_space(self.size, len(data))
-        self._hash.update(data)
-        self._hashed += len(data)
         while data:
-            written = self._file.write(data) or 0
+            written = file.write(data) or 0
+            if self._hash:
+                self._hash.update(data[:written])
             self.size += written
             data = data[written:]
-        if self.size - self._flushed >= FLUSH_SIZE:
-            self._start_flushing()
-
-    def _start_flushing(self) -> None:
-        """Have the system begin to write to the disk what sync would else wait for all at once.
-
-        That is what Linux does on this advice, which is about pages that are no longer dirty.
-        """
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED
-            )
-        self._flushed = self.size
-
-    def _catch_up(self) -> None:
-        """Hash what the file has and the running hash has not seen: an earlier process wrote it."""
-        if self._hashed == self.size:
-            return
-        self._hash, self._hashed = hashlib.new(self._hash.name), 0
-        self._file.seek(0)
-        buffer = memoryview(bytearray(BUFFER_SIZE))
-        while count := self._file.readinto(buffer):  # type: ignore[attr-defined]
-            self._hash.update(buffer[:count])
-            self._hashed += count
+        if self.size - self._flushed >= FLUSH_SIZE and hasattr(os, "posix_fadvise"):
+            # Have the disk begin with what sync would else wait for all at once: that is what Linux does on
+            # this advice, which is about pages that are no longer dirty.
+            os.posix_fadvise(file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size
 
     def truncate(self, size: int) -> None:
         """Take back what was appended past this size."""
-        self._file.truncate(size)
-        self.size = self._file.seek(size)
+        self._hash = None
+        with open(self.path, "rb+", buffering=0, opener=no_follow) as file:
+            self.size = file.truncate(size)
 
     def digest(self, algorithm: str) -> str:
-        """The digest of all that was written."""
-        if self._hash.name != algorithm:
-            self._hash, self._hashed = hashlib.new(algorithm), -1
-        self._catch_up()
-        return f"{algorithm}:{self._hash.hexdigest()}"
+        """The digest of what the file has, which is read unless it was hashed as it came."""
+        running = self._hash
+        if running is None or running.name != algorithm:
+            running = hashlib.new(algorithm)
+            buffer = memoryview(bytearray(RECEIVE_SIZE))
+            self._file.seek(0)
+            while count := self._file.readinto(buffer):
+                running.update(buffer[:count])
+        return f"{algorithm}:{running.hexdigest()}"
 
-    def resume_hash(self, state: tuple[Any, int] | None) -> None:
-        """Take over the running hash that hash_state gave for this file earlier."""
-        if state and state[0].name == self._hash.name and state[1] == self.size:
-            self._hash, self._hashed = state
+    def copy_to(self, other: UploadFile) -> None:
+        """Append the bytes to another upload, also when this one has lost its name."""
+        self._file.seek(0)
+        other.append(self._file.readinto, self.size)
 
-    def hash_state(self) -> tuple[Any, int]:
-        """The running hash and how many bytes it has seen."""
-        return self._hash, self._hashed
+    def _version(self) -> tuple[int, int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def hash_state(self) -> tuple[Any, tuple[int, int, int]] | None:
+        """The running hash, and how to tell that the file still has no other bytes than those in it.
+
+        Other processes write to it too, and what they write may be as long. So it is given a time of change
+        that no write and nobody else gives it. None where the file system does not keep that.
+        """
+        moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
+        with contextlib.suppress(OSError):
+            os.utime(self._file.fileno(), ns=(moment, moment))
+        version = self._version()
+        return (self._hash, version) if self._hash and version[1:] == (self.size, moment) else None
+
+    def resume_hash(self, state: tuple[Any, tuple[int, int, int]] | None) -> None:
+        """Take over the running hash that hash_state gave, unless somebody has written since."""
+        if state and state[1] == self._version():
+            self._hash = state[0]
+
+    def is_idle(self, lifetime: float) -> bool:
+        """Whether it was last written to so many seconds ago, or as far in the future, by a wrong clock."""
+        return abs(time.time() - os.fstat(self._file.fileno()).st_mtime) > lifetime
 
     def sync(self) -> None:
         """Make the bytes durable."""
         os.fsync(self._file.fileno())
 
-    def is_placed(self) -> bool:
-        """Whether these bytes are under blobs/ as well: a crash came before the upload was forgotten."""
-        return os.fstat(self._file.fileno()).st_nlink > 1
+    def unlink(self) -> None:
+        """Remove the file from uploads/; no error if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     def close(self) -> None:
         """Release the lock; the file stays where it is."""
@@ -692,18 +672,38 @@ class Files:
 
     def __init__(self, root: str, *, durable: bool, limits: Limits) -> None:
         """durable: whether bytes and names are forced to the disk before they count."""
-        self.root = root
+        self.root = os.path.abspath(root)
         self.durable = durable
         self._limits = limits
 
     def make_directories(self) -> None:
-        """Make the directories that are missing, durably."""
+        """Make the directories that are missing, durably. Raises StartupError when uploads could not move."""
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
-            path = os.path.abspath(os.path.join(self.root, directory))
+            path = os.path.join(self.root, directory)
             if not os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 if self.durable:
                     sync_directory(os.path.dirname(path))
+        for algorithm in ALGORITHMS:
+            self._check_rename(f"{self.root}/uploads", f"{self.root}/blobs/{algorithm}")
+
+    @staticmethod
+    def _check_rename(source: str, target: str) -> None:
+        """Try what place does. Only that tells: a device has one number, however often it is mounted."""
+        paths = f"{source}/.probe", f"{target}/.probe"
+        try:
+            os.close(no_follow(paths[0], os.O_WRONLY | os.O_CREAT))
+            os.replace(*paths)
+        except OSError as error:  # a disk that is full, say, is no reason
+            if error.errno == errno.EXDEV:
+                raise StartupError(
+                    f"{source} and {target} are different volumes, and files are renamed from one to the"
+                    " other; put the whole data directory on one volume"
+                ) from None
+        finally:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def path(self, digest: str) -> str:
         """Where the content with this digest is, or would be."""
@@ -724,27 +724,32 @@ class Files:
         return file
 
     def place(self, upload: UploadFile, digest: str) -> None:
-        """Give an upload whose bytes are durable its digest's name too, durably.
+        """Make an upload the content with this digest, durably: the only way into blobs/.
 
-        The upload's own name stays until the upload is forgotten, so that a crash leaves a trace of both.
-        A file that is there already is replaced by its equal, which mends a damaged one.
+        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest. A file that is there
+        already is replaced by its equal, which mends a damaged one.
         """
+        actual = upload.digest(algorithm_of(digest))
+        if actual != digest:
+            upload.unlink()
+            raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
+        if self.durable:
+            upload.sync()
         target = self.path(digest)
-        try:
-            os.link(upload.path, target)
-        except FileExistsError:
-            spare = f"{upload.path}.new"
-            try:
-                os.link(upload.path, spare)
-            except OSError:
-                spare = upload.path
-            os.replace(spare, target)
-            with contextlib.suppress(FileNotFoundError):  # it stays if both were the same file already
-                os.unlink(f"{upload.path}.new")
-        except OSError:  # this file system has no hard links
-            os.replace(upload.path, target)
+        os.replace(upload.path, target)
         if self.durable:
             sync_directory(os.path.dirname(target))
+
+    def is_being_placed(self, digest: str) -> bool:
+        """Whether a content has just been placed, and its upload waits for the row that will name it."""
+        if fcntl is None:
+            return False
+        try:
+            with open(self.path(digest), "rb", buffering=0, opener=no_follow) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False
 
     def quarantine(self, digest: str) -> None:
         """Move a damaged content's file to corrupt/."""
@@ -758,10 +763,11 @@ class Files:
             os.unlink(self.path(digest))
 
     def contents(self) -> Iterator[str]:
-        """The digests that all files under blobs/ are named by, in no order."""
+        """The digests that all files under blobs/ are named by, in no order; not what file systems hide."""
         for algorithm in ALGORITHMS:
             with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
-                yield from (f"{algorithm}:{entry.name}" for entry in entries)
+                names = (entry.name for entry in entries if not entry.name.startswith("."))
+                yield from (f"{algorithm}:{name}" for name in names)
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
@@ -788,14 +794,37 @@ class Files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self.root}/reserve")
 
-    def upload_path(self, session: str) -> str:
-        """Where an upload session's bytes are; the id is one that new_session_id gave."""
-        return f"{self.root}/uploads/{session}"
+    def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
+        """A new upload, locked: a session of a repository, or one that ends with this request."""
+        owner = f"-{algorithm}-{digest_of(repository.encode())[7:23]}" if repository else ""
+        for _ in range(10):
+            path = f"{self.root}/uploads/{secrets.token_hex(16)}{owner}"
+            with contextlib.suppress(FileNotFoundError):
+                return UploadFile(path, algorithm, self.check_space, create=True)
+            with contextlib.suppress(FileExistsError):  # expire_uploads was there before the lock
+                os.mkdir(f"{self.root}/uploads")  # else somebody has removed the directory
+        raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", path)
 
-    def uploads(self) -> list[os.DirEntry[str]]:
-        """The files of all uploads under way or left behind."""
+    def open_upload(self, session: str, patience: float = UPLOAD_LOCK_TIMEOUT) -> UploadFile:
+        """The upload with this id, locked. Raises FileNotFoundError, UPLOAD_BUSY."""
+        algorithm = session.split("-")[1] if "-" in session else "sha256"
+        return UploadFile(f"{self.root}/uploads/{session}", algorithm, self.check_space, patience=patience)
+
+    def session_size(self, repository: str, session: str) -> int:
+        """How many bytes an upload session of this repository has. Raises BLOB_UPLOAD_UNKNOWN."""
+        match = UPLOAD.fullmatch(session)
+        if match and match[2] == digest_of(repository.encode())[7:23]:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(f"{self.root}/uploads/{session}")
+                if stat.S_ISREG(status.st_mode):
+                    return status.st_size
+        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
+
+    def uploads(self) -> list[str]:
+        """The ids of all uploads under way or left behind; what else is in the directory is not ours."""
         with os.scandir(f"{self.root}/uploads") as entries:
-            return list(entries)
+            found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
+            return [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
 
 
 class ContentCache:
@@ -912,7 +941,7 @@ class Store:
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
         self._cache = ContentCache(CACHE_SIZE)
-        self._hashes: dict[str, tuple[Any, int]] = {}  # running hashes of sessions between requests
+        self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._readers: list[sqlite3.Connection] = []  # idle connections; a stack, so that few stay warm
         self._lookups: dict[tuple[object, ...], tuple[bytes, float, list[Any]]] = {}
@@ -1099,18 +1128,23 @@ class Store:
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
         """A transaction for the rows of a content that is on disk under its digest by then.
 
-        It is put there before, so that others need not wait for that; should it have been collected until
-        the transaction begins, that is done again. If the transaction fails, the file goes unless it has a
-        row: others who are about to give it one look first.
+        It is put there before, so that others need not wait for that. Should it have been collected until
+        the transaction begins, the bytes, which are still open, are put there again. If the transaction
+        fails, the file goes unless it has a row: others who are about to give it one look first.
         """
         self.files.place(upload, digest)
         try:
-            with self.transaction() as db:
-                if not os.path.exists(self.files.path(digest)):
-                    self.files.place(upload, digest)
-                yield db
+            with contextlib.ExitStack() as copies:
+                while True:
+                    with self.transaction() as db:
+                        if os.path.lexists(self.files.path(digest)):
+                            yield db
+                            return
+                    copy = copies.enter_context(self.new_upload(algorithm_of(digest)))
+                    upload.copy_to(copy)
+                    self.files.place(copy, digest)
         except BaseException:
-            with self.exclusive(dry_run=True) as db:
+            with contextlib.suppress(OSError, sqlite3.Error), self.exclusive(dry_run=True) as db:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                     self.files.remove(digest)
             raise
@@ -1285,33 +1319,18 @@ class Store:
     @contextlib.contextmanager
     def new_upload(self, algorithm: str) -> Iterator[UploadFile]:
         """A file to receive one content at once; gone afterwards unless it was made a blob."""
-        upload = self._create_upload(algorithm)
+        upload = self.files.new_upload(algorithm)
         try:
             yield upload
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(upload.path)
+            upload.unlink()
             upload.close()
-
-    def _create_upload(self, algorithm: str) -> UploadFile:
-        """A new upload file. One that expire_uploads finds before it is locked may be gone: try again."""
-        while True:
-            path = self.files.upload_path(secrets.token_hex(16))
-            with contextlib.suppress(FileNotFoundError, RegistryError):
-                return UploadFile(path, algorithm, self.files.check_space, create=True)
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
         self.files.check_space(0, 0)
-        upload = self._create_upload(algorithm)
-        try:
-            with self.transaction(durable=False) as db:
-                db.execute("INSERT INTO uploads VALUES (?, ?, ?)", (upload.id, name, algorithm))
-        except BaseException:
-            os.unlink(upload.path)
-            raise
-        finally:
-            upload.close()
+        upload = self.files.new_upload(algorithm, name)
+        upload.close()
         return upload.id
 
     @contextlib.contextmanager
@@ -1320,124 +1339,57 @@ class Store:
 
         Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY.
         """
-        upload = self._open_session(session, self._session_algorithm(name, session))
-        upload.resume_hash(self._hashes.pop(session, None))
+        self.session_size(name, session)
         try:
+            upload = self.files.open_upload(session)
+        except FileNotFoundError:
+            raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
+        try:
+            upload.resume_hash(self._hashes.pop(session, None))
             yield upload
+            if os.path.lexists(upload.path) and (state := upload.hash_state()):
+                if len(self._hashes) >= LOOKUP_LIMIT:
+                    self._hashes.clear()  # those sessions are hashed at their end
+                self._hashes[session] = state
         except Exception as error:
             if is_out_of_space(error):
-                self._delete_upload(upload)
+                upload.unlink()
             raise
         finally:
-            if os.path.exists(upload.path):
-                self._hashes[session] = upload.hash_state()
             upload.close()
-
-    def _open_session(
-        self, session: str, algorithm: str, patience: float = UPLOAD_LOCK_TIMEOUT
-    ) -> UploadFile:
-        path = self.files.upload_path(session)
-        try:
-            return UploadFile(path, algorithm, self.files.check_space, create=False, patience=patience)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
-            raise
-
-    def _session_algorithm(self, name: str, session: str) -> str:
-        rows = self.query("SELECT algorithm FROM uploads WHERE id = ? AND repository = ?", session, name)
-        if not rows:
-            raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
-        return str(rows[0][0])
 
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""
-        self._session_algorithm(name, session)
-        with contextlib.suppress(FileNotFoundError):
-            status = os.lstat(self.files.upload_path(session))
-            if stat.S_ISREG(status.st_mode):
-                return status.st_size
-        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
+        return self.files.session_size(name, session)
 
     def cancel_session(self, name: str, session: str) -> None:
         """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         with self.session(name, session) as upload:
-            self._delete_upload(upload)
-
-    def _delete_upload(self, upload: UploadFile) -> None:
-        """Drop an upload, and what a crash may have left of it under blobs/.
-
-        Its file goes first, which frees the room that recording it may need: a session without one is none.
-        """
-        self._unplace(upload)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(upload.path)
-        with self.exclusive(durable=False) as db:
-            db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
-
-    def _unplace(self, upload: UploadFile) -> None:
-        """Take back a name under blobs/ that a crash left before it was recorded."""
-        if not upload.is_placed():
-            return
-        with self.exclusive(durable=False) as db:
-            for algorithm in ALGORITHMS:
-                db.execute(
-                    "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
-                    " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
-                    {"digest": upload.digest(algorithm)},
-                )
-        self.remove_pending()
+            upload.unlink()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
         """Make an upload the repository's blob of this digest, durably.
 
         Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
         """
-        self._check_and_sync(upload, digest)
         with self._placed(upload, digest) as db:
             self._link(db, name, digest, upload.size)
-            db.execute("DELETE FROM uploads WHERE id = ?", (upload.id,))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(upload.path)
-
-    def _check_and_sync(self, upload: UploadFile, digest: str) -> None:
-        """Check an upload's bytes against their digest and make them durable."""
-        actual = upload.digest(algorithm_of(digest))
-        if actual != digest:
-            self._delete_upload(upload)
-            raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
-        if self.files.durable:
-            upload.sync()
 
     def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
-        """Drop upload sessions idle for so many seconds, and what a crash left behind of any upload.
+        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request.
 
         An upload that is being written to is left alone.
         """
-        oldest = time.time() - lifetime
-        entries = self.files.uploads()  # before the rows: so each has one that will ever have
-        sessions = {session for (session,) in self.query("SELECT id FROM uploads")}
-        present = [entry.name for entry in entries if _may_be_stale(entry, sessions, oldest)]
-        absent = [session for session in sessions if not os.path.exists(self.files.upload_path(session))]
-        if absent:
-            with self.exclusive(durable=False) as db:
-                db.executemany("DELETE FROM uploads WHERE id = ?", [(session,) for session in absent])
-        for session in [session for session in list(self._hashes) if session not in sessions]:
-            self._hashes.pop(session, None)  # another process has finished it
-        for session in present:
-            with contextlib.suppress(RegistryError):  # it is being written to, or was finished just now
-                self._expire(session, oldest)
-
-    def _expire(self, session: str, oldest: float) -> None:
-        upload = self._open_session(session, "sha256", patience=0.0)
-        try:  # only now that it is locked can it be told whether it is abandoned
-            known = self.query("SELECT 1 FROM uploads WHERE id = ?", session)
-            if known and os.stat(upload.path).st_mtime >= oldest:
-                self._unplace(upload)
-            else:
-                self._hashes.pop(session, None)
-                self._delete_upload(upload)
-        finally:
+        uploads = self.files.uploads()
+        for session in self._hashes.keys() - uploads:  # another process has finished it
+            self._hashes.pop(session, None)
+        for session in uploads:
+            try:
+                upload = self.files.open_upload(session, patience=0.0)
+            except (RegistryError, OSError):  # it is being written to, or was finished just now
+                continue
+            if "-" not in session or upload.is_idle(lifetime):
+                upload.unlink()
             upload.close()
 
     # --- Manifests
@@ -1501,7 +1453,6 @@ class Store:
         """
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
-            self._check_and_sync(upload, digest)
             with self._placed(upload, digest) as db:
                 self._require_references(db, name, manifest)
                 repository = self._link(db, name, digest, len(content))
@@ -1604,15 +1555,6 @@ class Store:
             limit,
         )
         return [Referrer(Descriptor(*row[:3]), row[3], row[4] or "{}") for row in rows]
-
-
-def _may_be_stale(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:
-    """Whether an upload file looks abandoned, or as if a crash came while it was made a blob."""
-    try:
-        status = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return entry.name not in sessions or status.st_mtime < oldest or status.st_nlink > 1
 
 
 # === Maintenance ======================================================================================
@@ -1867,14 +1809,12 @@ class Verifier:
     def _is_stray(self, digest: str, repair: bool) -> bool:
         """Whether a file really has no row, while nobody can give it one. repair: move it aside.
 
-        A file with a second name is an upload on its way to its row.
+        A file that is locked is an upload on its way to its row.
         """
         with self._store.exclusive(dry_run=True):
-            try:
-                placed = os.lstat(self._store.files.path(digest)).st_nlink > 1
-            except FileNotFoundError:
-                return False
-            stray = not placed and not self._is_known(digest)
+            files = self._store.files
+            stray = os.path.lexists(files.path(digest)) and not files.is_being_placed(digest)
+            stray = stray and not self._is_known(digest)
             if stray and repair:
                 self._store.files.quarantine(digest)
         return stray

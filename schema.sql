@@ -123,11 +123,4 @@ CREATE TRIGGER IF NOT EXISTS tag_moved AFTER UPDATE OF digest ON tags WHEN NEW.d
     WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
 END;
 
--- Upload sessions. Their bytes, and so their offset, are the file uploads/<id>.
-CREATE TABLE IF NOT EXISTS uploads (
-    id         TEXT PRIMARY KEY NOT NULL,
-    repository TEXT NOT NULL, -- a name: a repository exists only once it holds something
-    algorithm  TEXT NOT NULL  -- what the bytes are hashed with as they come
-) WITHOUT ROWID;
-
 PRAGMA user_version = 1;

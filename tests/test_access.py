@@ -268,10 +268,11 @@ class TableTest(AccessTestCase):
 
     def state(self) -> list[tuple]:
         """All that a request that was refused must not have changed."""
-        return self.data.rows(
-            "SELECT 'tag', name, digest FROM tags UNION ALL SELECT 'upload', id, repository FROM uploads"
+        rows = self.data.rows(
+            "SELECT 'tag', name, digest FROM tags"
             " UNION ALL SELECT 'blob', repository_id, digest FROM repository_blobs"
         )
+        return rows + [("upload", name) for name in self.data.unfinished()]
 
     def row(self, route: registry.Route) -> Row:
         """A request for a route, with all that it needs in place."""

@@ -250,7 +250,7 @@ class SharedDirectoryTest(ConcurrencyTestCase):
     def test_manifests_refused_at_once_leave_no_file(self) -> None:
         absent = descriptor(b"never pushed")
         with Registry(data=str(self.data.path)) as other:
-            clients = [self.client, Client(other.host, self.client.repository)] * 4
+            clients = [self.client, Client(other.netloc, self.client.repository)] * 4
             for number in range(10):
                 manifest = image_manifest(absent, annotations={"number": str(number)})
                 puts = [functools.partial(client.put_manifest, manifest, "refused") for client in clients]
@@ -264,7 +264,7 @@ class SharedDirectoryTest(ConcurrencyTestCase):
                 with self.data.locked():
                     late = pool.submit(self.client.delete, "manifests/latest")
                     time.sleep(0.2)  # the longer SQLite waits for a lock, the less often it tries
-                here = Client(quick.host, self.client.repository)
+                here = Client(quick.netloc, self.client.repository)
                 here.expect(202, "DELETE", f"manifests/{digest}")
                 there = here.at(self.other.repository)
                 there.push_manifest(manifest, "latest")

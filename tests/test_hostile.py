@@ -615,10 +615,10 @@ class SessionTest(RegistryTestCase):
         ids = [self.client.open_upload().rpartition("/")[2] for _ in range(256)]
         self.assertEqual(len(set(ids)), 256)
         for bit in range(128):
-            ones = sum(int(session, 16) >> bit & 1 for session in ids)
+            ones = sum(int(session[:32], 16) >> bit & 1 for session in ids)
             self.assertTrue(64 < ones < 192, f"bit {bit}: {ones} of 256")
         for session in ids:
-            self.assertRegex(session, r"\A[0-9a-f]{32}\Z")
+            self.assertRegex(session, r"\A[0-9a-f]{32}-sha256-[0-9a-f]{16}\Z")
 
     def test_an_id_close_to_one_is_none(self) -> None:
         path, slash, session = self.client.open_upload().rpartition("/")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
+import registry
 from registry import Registry
 from tests.support import (
     OCI_CONFIG,
     OCI_MANIFEST,
     Client,
+    Daemon,
     RegistryTestCase,
     descriptor,
     digest_of,
@@ -295,3 +300,110 @@ class SharedDirectoryTest(ConcurrencyTestCase):
 
         statuses = at_once([start_again_and_again, *[upload] * 4])
         self.assertEqual(statuses, {201, 202})
+
+
+class TakingTurnsTest(ConcurrencyTestCase):
+    """Two registries on one data directory that write to one upload session."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        second = Registry(data=str(self.data.path))
+        second.start()
+        self.addCleanup(second.close)
+        self.there = Client(second.netloc, self.client.repository)
+        self.good, self.evil = os.urandom(20), os.urandom(20)
+
+    def assert_evil_is_refused(self, location: str, client: Client) -> None:
+        self.other.push_blob(self.good)
+        digest = digest_of(self.good)
+        self.assert_error(client.put(with_digest(location, digest)), 400, "DIGEST_INVALID")
+        self.assertEqual(self.data.files()[digest], len(self.good))
+        self.assert_blob(self.other, self.good)
+        self.assert_error(self.client.get(f"blobs/{digest}"), 404)
+
+    def test_bytes_that_were_taken_back_do_not_vouch_for_those_of_another_process(self) -> None:
+        location = self.client.open_upload()
+        refused = self.client.patch(location, iter([self.good]), {"Content-Range": "0-9"})
+        self.assert_error(refused, 400, "SIZE_INVALID")
+        self.assert_status(self.there.patch(location, self.evil), 202)
+        self.assert_evil_is_refused(location, self.client)
+
+    def test_real_processes_do_not_vouch_for_each_other_either(self) -> None:
+        with (
+            tempfile.TemporaryDirectory() as data,
+            Daemon(data, "--quiet") as one,
+            Daemon(data, "--quiet") as two,
+        ):
+            here, there = (Client(daemon.client.host, "app") for daemon in (one, two))
+            here.at("other").push_blob(self.good)
+            location = here.open_upload()
+            here.patch(location, iter([self.good]), {"Content-Range": "0-9"})
+            self.assert_status(there.patch(location, self.evil), 202)
+            response = here.put(with_digest(location, digest_of(self.good)))
+            self.assert_error(response, 400, "DIGEST_INVALID")
+            self.assertEqual(here.at("other").get(f"blobs/{digest_of(self.good)}").body, self.good)
+
+    def overwrite(self, location: str) -> None:
+        """Replace a session's bytes by as many others."""
+        (self.data.path / "uploads" / location.rpartition("/")[2]).write_bytes(self.evil)
+
+    def test_a_hash_is_not_believed_when_somebody_wrote_as_many_bytes_since(self) -> None:
+        location = self.client.open_upload()
+        self.assert_status(self.client.patch(location, self.good), 202)
+        self.overwrite(location)
+        self.assert_evil_is_refused(location, self.client)
+
+    def test_a_hash_is_not_believed_where_times_are_kept_too_coarsely(self) -> None:
+        utime = os.utime
+
+        def coarse(file: int, ns: tuple[int, int]) -> None:
+            utime(file, ns=(ns[0] // 10**9 * 10**9,) * 2)
+
+        location = self.client.open_upload()
+        with mock.patch.object(os, "utime", coarse):
+            self.assert_status(self.client.patch(location, self.good), 202)
+        path = self.data.path / "uploads" / location.rpartition("/")[2]
+        then = path.stat().st_mtime_ns
+        self.overwrite(location)
+        os.utime(path, ns=(then, then))
+        self.assert_evil_is_refused(location, self.client)
+
+    def test_pieces_that_alternate_are_hashed_once_more_at_most(self) -> None:
+        pieces = [os.urandom(10_000) for _ in range(40)]
+        hashed, new = [0], hashlib.new
+
+        class Counting:
+            """A hash that counts what it is given."""
+
+            def __init__(self, name: str, content: bytes = b"") -> None:
+                self.name, self._hash = name, new(name)
+                self.update(content)
+                self.hexdigest = self._hash.hexdigest
+
+            def update(self, data: bytes) -> None:
+                hashed[0] += len(data)
+                self._hash.update(data)
+
+        location = self.client.open_upload()
+        with mock.patch.object(hashlib, "new", Counting):
+            for number, piece in enumerate(pieces):
+                client = (self.client, self.there)[number % 2]
+                self.assert_status(client.patch(location, piece), 202)
+            content = b"".join(pieces)
+            self.client.expect(201, "PUT", f"{location}?digest=sha256:{hashlib.sha256(content).hexdigest()}")
+        self.assertLess(hashed[0], 2 * len(content) + 10_000)
+        self.assert_blob(self.other.at(self.client.repository), content)
+
+    def test_what_is_remembered_of_sessions_is_bounded(self) -> None:
+        store, kept = self.registry.store, []
+        with mock.patch.object(registry, "LOOKUP_LIMIT", 4):
+            locations = [self.client.open_upload() for _ in range(10)]
+            for location in locations:
+                self.assert_status(self.client.patch(location, self.good), 202)
+                kept.append(len(store._hashes))
+        self.assertLessEqual(max(kept), 4)
+        self.assertGreater(kept[-1], 0)
+        for location in locations:
+            self.assert_status(self.there.put(with_digest(location, digest_of(self.good))), 201)
+        store.expire_uploads()
+        self.assertEqual(store._hashes, {})

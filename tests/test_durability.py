@@ -56,8 +56,24 @@ class Disk:
         if os.stat(step.source).st_ino in self._loose_bytes:
             self.violations.append(f"renamed to {step.target} before its bytes were synced")
         self._loose_names.add(os.path.dirname(step.target))
+        if self._is_open_for_writing(os.stat(step.source).st_ino):
+            self.violations.append(f"renamed to {step.target} while it is open for writing")
 
-    _before_link = _before_rename
+    def _before_link(self, step: Step) -> None:
+        if self.blobs in Path(step.target).parents:
+            self.violations.append(f"{step.target} is given a second name")
+
+    @staticmethod
+    def _is_open_for_writing(inode: int) -> bool:
+        """Whether this process could still write to a file (Linux only)."""
+        for link in Path("/proc/self/fd").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if link.stat().st_ino == inode:
+                    text = Path("/proc/self/fdinfo", link.name).read_text(encoding="ascii")
+                    flags = int(text.partition("flags:")[2].split()[0], 8)
+                    if flags & os.O_ACCMODE != os.O_RDONLY:
+                        return True
+        return False
 
     def _before_mkdir(self, step: Step) -> None:
         if not os.path.isdir(step.target):
@@ -65,7 +81,7 @@ class Disk:
 
     def _before_unlink(self, step: Step) -> None:
         path = Path(step.target)
-        if path.parent.parent == self.blobs:
+        if path.parent.parent == self.blobs and path.name != ".probe":
             digest = f"{path.parent.name}:{path.name}"
             self.removed.append(digest)
             if digest in self._committed_rows():
@@ -139,6 +155,12 @@ class DurableOrder(unittest.TestCase):
                 before = disk.kinds["sync"]
                 self.play(scenario, running)
                 self.assertEqual(disk.kinds["sync"] - before, 2)
+
+    def test_opening_a_session_waits_for_no_commit(self) -> None:
+        with self.watched() as (disk, running):
+            before = disk.kinds["commit"] + disk.kinds["sync"]
+            Client(running.netloc, "new").open_upload()
+            self.assertEqual(disk.kinds["commit"] + disk.kinds["sync"], before)
 
     def test_deletes_remove_the_files_that_lost_their_last_row(self) -> None:
         with self.watched() as (disk, running):

@@ -6,7 +6,9 @@ import tempfile
 import unittest
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
+from registry import Registry
 from tests import upkeep
 from tests.support import (
     MEBIBYTE,
@@ -23,6 +25,7 @@ from tests.support import (
     python,
     run_at_once,
     unique,
+    with_digest,
 )
 
 
@@ -135,6 +138,26 @@ class WhatIsFound(VerifyTestCase):
         digest = self.client.push_blob(unique(), "sha512")
         self.damage.flip_bit(digest)
         self.assertEqual(self.verify(), [("corrupt", digest)])
+
+    def test_a_file_that_a_push_is_about_to_give_a_row_is_no_stray(self) -> None:
+        store, content, found = self.registry.store, unique(), []
+        place = store.files.place
+
+        def place_and_look(*arguments: Any) -> None:
+            place(*arguments)
+            found.append(self.verify(repair=True))
+            self.assertIn(digest_of(content), self.data.files())
+
+        with mock.patch.object(store.files, "place", place_and_look):
+            self.client.push_blob(content)
+            self.client.expect(201, "PUT", with_digest(self.client.open_upload(), digest_of(b"x")), b"x")
+        self.assertEqual(found, [[], []])
+
+    def test_what_the_start_tries_out_is_no_stray(self) -> None:
+        (self.data.path / "blobs/sha256/.probe").touch()  # killed right then
+        self.assertEqual(self.verify(), [])
+        with Registry(self.data.path):
+            self.assertFalse((self.data.path / "blobs/sha256/.probe").exists())
 
     def test_a_file_without_a_row_is_unreferenced(self) -> None:
         digest = self.damage.add(unique())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import unittest
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import (
@@ -28,6 +32,7 @@ from tests.support import (
     unique,
     with_digest,
 )
+from tests.test_full_disk import REASON, mounted
 
 ACCESS_LINE = r"GET\b.*/v2/daemon/image/tags/list.*\b404\b"
 
@@ -168,6 +173,53 @@ class RefusalTest(DaemonTestCase):
     def test_a_database_that_is_none(self) -> None:
         Path(self.path, "registry.db").write_bytes(b"no database " * 1000)
         self.assert_refused("--port", str(free_port()))
+
+    @contextlib.contextmanager
+    def elsewhere(self, part: str, how: str) -> Iterator[None]:
+        """A part of the data directory is on another volume, or at least mounted by itself."""
+        path = Path(self.path, part)
+        path.mkdir(parents=True)
+        with contextlib.ExitStack() as stack:
+            if how == "link":
+                there = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+                path.rmdir()
+                path.symlink_to(there)
+            elif how == "mount":
+                stack.enter_context(mounted(str(path)))
+            else:
+                there = stack.enter_context(tempfile.TemporaryDirectory(dir=Path(self.path).parent))
+                subprocess.run(["mount", "--bind", there, path], check=True)
+                stack.callback(subprocess.run, ["umount", "--lazy", path], check=True)
+            yield
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+    def test_parts_of_the_data_directory_on_different_volumes(self) -> None:
+        hows = [] if REASON else ["mount", "bind"]
+        if os.path.isdir("/dev/shm") and os.stat("/dev/shm").st_dev != os.stat(self.path).st_dev:
+            hows.append("link")
+        if not hows:
+            self.skipTest("there is no other volume")
+        for how, part in itertools.product(hows, ("blobs", "blobs/sha256", "uploads")):
+            with self.subTest(part, how=how), self.elsewhere(part, how):
+                self.assert_refused("--port", str(free_port()))
+                self.assertEqual(list(Path(self.path).rglob(".probe")), [])
+            for path in ("blobs", "uploads"):
+                shutil.rmtree(Path(self.path, path), ignore_errors=True)
+        self.start()  # now that it is in one piece
+
+    def test_what_is_only_read_may_be_on_different_volumes(self) -> None:
+        daemon = self.start()
+        content = unique()
+        digest = daemon.client.push_blob(content)
+        daemon.stop()
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as there:
+            blobs = Path(self.path, "blobs")
+            shutil.move(blobs, there)
+            blobs.symlink_to(Path(there, "blobs"))
+            daemon = self.start("--read-only")
+            self.assertEqual(daemon.client.get(f"blobs/{digest}").body, content)
+            self.assertEqual(list(Path(self.path).rglob(".probe")), [])
+            daemon.stop()
 
     def test_a_bad_option_is_a_usage_error(self) -> None:
         for options in (

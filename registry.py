@@ -9,7 +9,7 @@ and ``with Registry() as registry:`` does the same inside a test suite.
 The data directory:
 
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
-    uploads/<session id>        the bytes of uploads under way
+    uploads/<session id>        the bytes of uploads under way; on the same volume as blobs/
     registry.db                 SQLite: repositories, links, manifests, tags
     generation                  changes with every commit, for the processes that share the directory
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
@@ -536,7 +536,7 @@ class UploadFile:
         except BaseException:
             self._file.close()
             raise
-        self.size = self._flushed = os.fstat(self._file.fileno()).st_size
+        self.size = self._flushed = self.status().st_size
         # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
         self._hash: Any = None if self.size else hashlib.new(algorithm)
 
@@ -551,7 +551,7 @@ class UploadFile:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
-        if not os.path.samestat(os.fstat(self._file.fileno()), os.lstat(self.path)):
+        if not os.path.samestat(self.status(), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
@@ -622,7 +622,7 @@ class UploadFile:
         other.append(self._file.readinto, self.size)
 
     def _version(self) -> tuple[int, int, int]:
-        status = os.fstat(self._file.fileno())
+        status = self.status()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def hash_state(self) -> tuple[Any, tuple[int, int, int]] | None:
@@ -642,9 +642,9 @@ class UploadFile:
         if state and state[1] == self._version():
             self._hash = state[0]
 
-    def is_idle(self, lifetime: float) -> bool:
-        """Whether it was last written to so many seconds ago, or as far in the future, by a wrong clock."""
-        return abs(time.time() - os.fstat(self._file.fileno()).st_mtime) > lifetime
+    def status(self) -> os.stat_result:
+        """The file's size and times."""
+        return os.fstat(self._file.fileno())
 
     def sync(self) -> None:
         """Make the bytes durable."""
@@ -656,7 +656,9 @@ class UploadFile:
             os.unlink(self.path)
 
     def close(self) -> None:
-        """Release the lock; the file stays where it is."""
+        """Release the lock, also if a forked child has inherited it; the file stays where it is."""
+        if fcntl:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
@@ -820,11 +822,11 @@ class Files:
                     return status.st_size
         raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
 
-    def uploads(self) -> list[str]:
-        """The ids of all uploads under way or left behind; what else is in the directory is not ours."""
+    def uploads(self) -> list[os.DirEntry[str]]:
+        """All uploads under way or left behind; what else is in the directory is not ours."""
         with os.scandir(f"{self.root}/uploads") as entries:
             found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
-            return [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+            return [entry for entry in found if entry.is_file(follow_symlinks=False)]
 
 
 class ContentCache:
@@ -1381,16 +1383,23 @@ class Store:
         An upload that is being written to is left alone.
         """
         uploads = self.files.uploads()
-        for session in self._hashes.keys() - uploads:  # another process has finished it
-            self._hashes.pop(session, None)
-        for session in uploads:
+        for session in self._hashes.keys() - {entry.name for entry in uploads}:
+            self._hashes.pop(session, None)  # another process has finished it
+        for entry in uploads:
             try:
-                upload = self.files.open_upload(session, patience=0.0)
-            except (RegistryError, OSError):  # it is being written to, or was finished just now
-                continue
-            if "-" not in session or upload.is_idle(lifetime):
-                upload.unlink()
-            upload.close()
+                if self._is_left_behind(entry.name, entry.stat(follow_symlinks=False), lifetime):
+                    with contextlib.closing(self.files.open_upload(entry.name, patience=0.0)) as upload:
+                        if self._is_left_behind(entry.name, upload.status(), lifetime):
+                            upload.unlink()
+            except (RegistryError, FileNotFoundError):
+                pass  # it is being written to, or was finished just now
+            except OSError as error:
+                print(f"registry.py: cannot remove an upload: {error}", file=sys.stderr)
+
+    @staticmethod
+    def _is_left_behind(session: str, status: os.stat_result, lifetime: float) -> bool:
+        """Whether nobody comes back to an upload that is not locked. Its time may be a wrong clock's."""
+        return "-" not in session or abs(time.time() - status.st_mtime) > lifetime
 
     # --- Manifests
 

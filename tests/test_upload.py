@@ -674,6 +674,15 @@ class FailedCommitTest(UploadTestCase):
         self.finish(self.client.open_upload(), content, content)
         self.assert_consistent()
 
+    def test_where_the_database_stays_locked_the_push_fails_and_the_next_one_is_whole(self) -> None:
+        content = unique()
+        locked = sqlite3.OperationalError("database is locked")
+        with mock.patch.object(self.registry.store, "exclusive", side_effect=locked):
+            self.finish_and_fail(self.client.open_upload(), content)
+        self.assertNotIn(digest_of(content), self.data.recorded())
+        self.finish(self.client.open_upload(), content, content)
+        self.assert_consistent()
+
     def test_bytes_that_got_no_row_are_gone(self) -> None:
         content = unique()
         self.finish_and_fail(self.client.open_upload(), content)
@@ -689,10 +698,10 @@ class FailedCommitTest(UploadTestCase):
             events.append("placed")
 
         @contextlib.contextmanager
-        def collect_first() -> Iterator[Any]:
+        def collect_first(**options: Any) -> Iterator[Any]:
             if events.count("placed") < 3:
                 store.files.remove(digest_of(content))
-            with transaction() as db:
+            with transaction(**options) as db:
                 events.append("locked")
                 yield db
             events.append("unlocked")
@@ -853,6 +862,32 @@ class DirectoryTest(HTTPTestCase):
         self.store.expire_uploads()
         self.assertEqual(used.exists(), False)
         self.assert_status(client.get(location), 204)
+
+    def test_an_upload_that_cannot_be_removed_hinders_nothing(self) -> None:
+        uploads, unlink = self.data / "uploads", os.unlink
+        uploads.mkdir(parents=True)
+        for digit in "01":
+            (uploads / (digit * 32)).touch()
+
+        def refuse_one(path: str) -> None:
+            if path.endswith("0" * 32):
+                raise PermissionError(errno.EPERM, "immutable", path)
+            unlink(path)
+
+        warnings = io.StringIO()
+        with mock.patch.object(os, "unlink", refuse_one), contextlib.redirect_stderr(warnings):
+            client = self.start()
+        self.assertEqual([path.name for path in uploads.iterdir()], ["0" * 32])
+        self.assertIn("immutable", warnings.getvalue())
+        self.assert_takes_uploads(client)
+
+    def test_a_lock_ends_with_its_request_though_a_forked_child_has_inherited_it(self) -> None:
+        client = self.start()
+        location = client.open_upload()
+        with self.store.session("app", location.rpartition("/")[2]) as upload:
+            inherited = os.dup(upload._file.fileno())  # what fork does
+            self.addCleanup(os.close, inherited)
+        self.assert_status(client.patch(location, b"x"), 202)
 
     def test_sessions_are_dropped_by_their_age_also_where_the_clock_was_wrong(self) -> None:
         client = self.start()

@@ -944,6 +944,8 @@ class Database:
         try:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
+            self.close()
+            self._readers.clear()
             if not read_only or is_busy(error):
                 raise
             self._do_without_locks()

@@ -11,7 +11,6 @@ The data directory:
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
     uploads/<session id>        the bytes of uploads under way; on the same volume as blobs/
     registry.db                 SQLite: repositories, links, manifests, tags
-    generation                  changes with every commit, for the processes that share the directory
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
     token.key                   what tokens are signed with, where there are users
     corrupt/                    damaged files that verify --repair moved out of the way
@@ -72,7 +71,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
 try:
@@ -131,11 +130,12 @@ LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
-DATABASE_TIMEOUT = 60.0  # for another process that holds the database's write lock
+DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
+OPTIONAL_WRITE_TIMEOUT = 1.0  # for the write lock, by what can do without or be tried again later
 LEASE_SLACK = 5.0  # seconds by which leased_at may be behind
 GRACE = 3600.0  # how long a client can rely on what it was told, by default
 SHORTEST_GRACE = 10.0  # twice the slack
@@ -150,8 +150,10 @@ SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
-GENERATION_SIZE = 16
-LOOKUP_LIMIT, LOOKUP_SIZE, LOOKUP_LIFETIME = 1_024, 8 * KIB, 1.0  # queries remembered, characters, seconds
+LOG_INDEX_HEAD = 96  # bytes: two copies of the head of registry.db-shm
+IDLE_READERS = 8  # connections to the database that are kept for the next queries
+LOOKUP_CACHE_SIZE, LOOKUP_SIZE = 4 * MIB, 32 * KIB  # of all query results remembered, and of one
+CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
 FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
 
@@ -214,6 +216,7 @@ class ErrorCode(enum.Enum):
     )
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
+    DATABASE_BUSY = 503, "TOOMANYREQUESTS", "the registry's database is busy; try again"
     HTTP_VERSION = 505, "UNSUPPORTED", "only HTTP/1.1 and HTTP/1.0 are spoken here"
     READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
     FORM_TOO_LARGE = 413, "SIZE_INVALID", f"form larger than {FORM_LIMIT // KIB} KiB"
@@ -259,6 +262,11 @@ def is_out_of_space(error: BaseException) -> bool:
     if isinstance(error, sqlite3.OperationalError):
         return "is full" in str(error)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether the database could not be had because another process held it for too long."""
+    return isinstance(error, sqlite3.OperationalError) and "is locked" in str(error)
 
 
 class StartupError(Exception):
@@ -786,15 +794,22 @@ class Files:
     def keep_reserve(self) -> None:
         """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
         path = f"{self.root}/reserve"
-        if self.durable and not os.path.lexists(path) and self.free_space() > 2 * RESERVE_SIZE:
+        try:
+            if not self.durable or os.path.lexists(path) or self.free_space() <= 2 * RESERVE_SIZE:
+                return
             with open(path, "wb", buffering=0, opener=no_follow) as file:
                 file.write(bytes(RESERVE_SIZE))
+        except OSError:  # a quota, say: then there is none
+            self._remove_reserve()
 
     def release_reserve(self) -> None:
         """Give up the space set aside if the disk is full, so that the database can record deletions."""
         if self.free_space() < RESERVE_SIZE:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self.root}/reserve")
+            self._remove_reserve()
+
+    def _remove_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self.root}/reserve")
 
     def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
         """A new upload, locked: a session of a repository, or one that ends with this request."""
@@ -829,30 +844,45 @@ class Files:
             return [entry for entry in found if entry.is_file(follow_symlinks=False)]
 
 
-class ContentCache:
-    """Small immutable contents by digest, up to a number of bytes in all; the oldest go first."""
+class Cache:
+    """Remembers things up to a limit of all their sizes, each for some seconds; the oldest go first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
-        self._contents: dict[str, bytes] = {}
+        self._things: dict[Any, tuple[float, int, Any]] = {}
         self._lock = threading.Lock()
-        self.get = self._contents.get
 
-    def put(self, digest: str, content: bytes) -> None:
-        """Remember a content, forgetting older ones for it."""
+    def get(self, key: Any) -> Any:
+        """What was put there, or None."""
+        expires, _, thing = self._things.get(key, (0.0, 0, None))
+        return thing if expires > time.monotonic() else None
+
+    def put(self, key: Any, thing: Any, seconds: float = float("inf"), size: int = 1) -> None:
+        """Remember a thing; the size is of the key as well, in the unit of the limit."""
         with self._lock:
-            if digest in self._contents:
-                return
-            self._contents[digest] = content
-            self._size += len(content)
+            self._remove(key)
+            self._things[key] = time.monotonic() + seconds, size, thing
+            self._size += size
             while self._size > self._limit:
-                self._size -= len(self._contents.pop(next(iter(self._contents))))
+                self._remove(next(iter(self._things)))
 
-    def forget(self, digest: str) -> None:
-        """Drop a content that was removed."""
+    def forget(self, key: Any) -> None:
+        """Drop what was put there."""
         with self._lock:
-            self._size -= len(self._contents.pop(digest, b""))
+            self._remove(key)
+
+    def _remove(self, key: Any) -> None:
+        self._size -= self._things.pop(key, (0.0, 0, None))[1]
+
+
+def file_state(path: str) -> tuple[int, int, int] | None:
+    """What tells whether a file is still the same: time, size and inode; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 # === Store ============================================================================================
@@ -874,46 +904,129 @@ class Referrer(NamedTuple):
     annotations: str  # a JSON object
 
 
-class Generation:
-    """A value that changes with every commit of any process on a data directory.
+class LogIndex:
+    """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
 
-    It is in a file that all of them map, so that looking at it costs next to nothing.
+    SQLite writes both its copies anew before anybody can see what was committed (walformat.html, 2.1), and
+    looking at them here costs next to nothing. PRAGMA data_version tells the same, but halves the rate of
+    GETs, since each query lets other threads run.
+
+    A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
+    one: another process could then empty it. So all stores of this process share one descriptor and mapping
+    of a file, and those stay until SQLite has removed the file: when nobody has the database open any more.
+    """
+
+    _lock = threading.Lock()
+    _open: ClassVar[dict[tuple[int, int], tuple[int, mmap.mmap]]] = {}  # by device and inode
+
+    @classmethod
+    def map(cls, path: str) -> mmap.mmap | None:
+        """The mapping; None where SQLite cannot write to the file, and may hold no lock on its size."""
+        if fcntl is None:  # Windows, which would not let SQLite remove it
+            return None
+        with cls._lock, contextlib.suppress(OSError):
+            status = os.stat(path)
+            key = status.st_dev, status.st_ino
+            if key not in cls._open:
+                descriptor = os.open(path, os.O_RDWR)
+                index = mmap.mmap(descriptor, LOG_INDEX_HEAD, access=mmap.ACCESS_READ)
+                cls._open[key] = descriptor, index
+            return cls._open[key][1]
+        return None
+
+    @classmethod
+    def unmap_removed(cls) -> None:
+        """Let go of the files that are gone."""
+        with cls._lock:
+            for key, (descriptor, index) in list(cls._open.items()):
+                if not os.fstat(descriptor).st_nlink:
+                    del cls._open[key]
+                    index.close()
+                    os.close(descriptor)
+
+
+def connect(path: str, mode: str) -> sqlite3.Connection:
+    """A connection to a database that any thread may use; mode: that of SQLite's URIs."""
+    connection = sqlite3.connect(
+        f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}",
+        uri=True,
+        timeout=DATABASE_TIMEOUT,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+class Database:
+    """registry.db, for queries: pooled connections, and what tells whether anything was committed.
+
+    Where SQLite's locks cannot be had, which are files beside the database, it is read without, or, if its
+    log lies there, a copy of both. That holds only for as long as the files stay as they are.
     """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
-        self._map: mmap.mmap | None = None
-        self._read_only = read_only
-        if read_only and not os.path.exists(path):
-            return  # nothing changes, then, or nobody says so: lookups are kept for LOOKUP_LIFETIME
-        with open(path, "rb" if read_only else "ab+", buffering=0, opener=no_follow) as file:
-            if os.fstat(file.fileno()).st_size < GENERATION_SIZE:
-                file.write(bytes(GENERATION_SIZE))
-            access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
-            self._map = mmap.mmap(file.fileno(), GENERATION_SIZE, access=access)
+        """Raises sqlite3.Error, OSError."""
+        self._path = path
+        self._readers: list[sqlite3.Connection] = []  # idle; a stack, so that few stay warm
+        self._states: object = None  # of the files, where they are read without locks
+        self._copy: str | None = None  # the directory of a copy
+        self.connect = functools.partial(connect, path, "ro" if read_only else "rw")
+        try:
+            self.query("PRAGMA user_version")
+        except sqlite3.OperationalError as error:
+            self.close()
+            self._readers.clear()
+            if not read_only or is_busy(error):
+                raise
+            self._do_without_locks()
+        self._index = None if self._states else LogIndex.map(f"{path}-shm")
 
-    def get(self) -> bytes:
-        """The current value."""
-        return self._map[:] if self._map else b""
+    def _do_without_locks(self) -> None:
+        self._states = self._look()
+        log = f"{self._path}-wal"
+        if not os.path.exists(log) or not os.path.getsize(log):
+            self.connect = functools.partial(connect, self._path, "ro&immutable=1")
+            return
+        self._copy = tempfile.mkdtemp(prefix="registry-")
+        copy = os.path.join(self._copy, "registry.db")
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{self._path}{suffix}", f"{copy}{suffix}")
+        self.connect = functools.partial(connect, copy, "rw")
 
-    def change(self) -> None:
-        """Something was committed: after that, and before anybody is told."""
-        if self._map and not self._read_only:
-            self._map[:] = secrets.token_bytes(GENERATION_SIZE)
+    def _look(self) -> object:
+        return file_state(self._path), file_state(f"{self._path}-wal")
+
+    def is_outdated(self) -> bool:
+        """Whether somebody has changed files that were to be read without locks."""
+        return self._states is not None and self._states != self._look()
+
+    def generation(self) -> object:
+        """What changes with every commit of whatever process; None where that cannot be told."""
+        if self._index is not None:
+            return self._index[:]
+        return self._states and self._look()
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """The rows of one query."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            return connection.execute(sql, parameters).fetchall()
+        finally:
+            if len(self._readers) < IDLE_READERS:
+                self._readers.append(connection)
+            else:
+                connection.close()
 
     def close(self) -> None:
-        """Unmap the file."""
-        if self._map:
-            self._map.close()
-
-
-class Batch:
-    """Transactions that share one commit."""
-
-    def __init__(self, durable: bool) -> None:
-        self.durable = durable
-        self.parts = 0  # how many are complete
-        self.ended = False
-        self.error: BaseException | None = None  # why none of them counts
+        """Close the idle connections, and remove the copy."""
+        for connection in self._readers:
+            connection.close()
+        if self._copy:
+            shutil.rmtree(self._copy, ignore_errors=True)
 
 
 class Store:
@@ -942,62 +1055,43 @@ class Store:
         self.read_only = read_only
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
-        self._cache = ContentCache(CACHE_SIZE)
+        self._cache = Cache(CACHE_SIZE)
+        self._lookups = Cache(LOOKUP_CACHE_SIZE)
         self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
-        self._readers: list[sqlite3.Connection] = []  # idle connections; a stack, so that few stay warm
-        self._lookups: dict[tuple[object, ...], tuple[bytes, float, list[Any]]] = {}
+        self._unremovable: set[str] = set()  # digests of files that could not be removed, and that was said
         self._write_lock = threading.Lock()
-        self._commit_lock = threading.Lock()
-        self._batch: Batch | None = None  # the transaction under way; guarded by the write lock
-        self._synchronous = ""
-        if not read_only:
-            self.files.make_directories()
-            self.files.release_reserve()
-        self._writer = self._connect()
-        try:
-            self._prepare()
-            self._generation = Generation(f"{self.files.root}/generation", read_only=read_only)
-        except BaseException:
-            self._writer.close()
-            raise
-        self._generation.change()  # a process that was killed may have owed this
+        self._sync_lock = threading.Lock()
+        self._commits = self._synced = 0  # how many there were, and how many of them are durable
+        self._unsyncable = False
+        with contextlib.ExitStack() as resources:
+            resources.callback(LogIndex.unmap_removed)
+            if not read_only:
+                self._open_for_writing(resources)
+            elif not os.path.exists(self._path):
+                raise StartupError(f"there is no {self._path}, and so nothing to serve read-only")
+            self._database = Database(self._path, read_only=read_only)
+            resources.push(lambda *_: self._database.close())
+            self._check_format(*self.query("PRAGMA user_version")[0])
+            self._resources = resources.pop_all()
 
-    def _connect(self) -> sqlite3.Connection:
-        """A connection. On a medium that nobody can write to, it takes no locks, which would be files."""
-        mode = "ro" if self.read_only else "rwc"
-        if (
-            self.read_only
-            and not os.access(self.files.root, os.W_OK)
-            and not os.path.exists(f"{self._path}-wal")
-        ):
-            mode = "ro&immutable=1"
-        connection = sqlite3.connect(
-            f"file:{quote(os.fsencode(os.path.abspath(self._path)))}?mode={mode}",
-            uri=True,
-            timeout=DATABASE_TIMEOUT,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        connection.execute("PRAGMA foreign_keys = ON")
-        return connection
-
-    def _prepare(self) -> None:
-        """Bring the database to the format of schema.sql, or refuse one from a newer registry."""
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version > FORMAT_VERSION:
-            raise StartupError(
-                f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
-                "run the newer registry.py that made it"
-            )
-        if self.read_only:
-            return
+    def _open_for_writing(self, resources: contextlib.ExitStack) -> None:
+        self.files.make_directories()
+        self.files.release_reserve()
+        self._writer = connect(self._path, "rwc")
+        resources.callback(self._writer.close)
         with locked_directory(self.files.root):  # nobody waits for a database that is being made
-            self._make_database(version)
+            self._make_database()
+        if self.files.durable:
+            self._log = os.open(f"{self._path}-wal", os.O_RDWR)
+            resources.callback(os.close, self._log)
         self.files.keep_reserve()
 
-    def _make_database(self, version: int) -> None:
-        self._set_synchronous(durable=True)
+    def _make_database(self) -> None:
+        """Bring the database to the format of schema.sql, or refuse one from a newer registry."""
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        self._check_format(version)
+        self._writer.execute(f"PRAGMA synchronous = {'NORMAL' if self.files.durable else 'OFF'}")
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < FORMAT_VERSION:
             try:
@@ -1006,125 +1100,116 @@ class Store:
                 raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
             self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
 
+    def _check_format(self, version: int) -> None:
+        if version > FORMAT_VERSION:
+            raise StartupError(
+                f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
+                "run the newer registry.py that made it"
+            )
+        if self.read_only and not version:
+            raise StartupError(f"{self._path} is empty, and so there is nothing to serve read-only")
+
     def close(self) -> None:
         """Close the database. No other method may be running or be called again."""
         self.flush_pulls()
-        for connection in (*self._readers, self._writer):
-            connection.close()
-        self._generation.close()
+        self._resources.close()
 
     # --- SQL
 
     def query(self, sql: str, *parameters: object) -> list[Any]:
-        """The rows of one query, from a pooled connection."""
+        """The rows of one query."""
+        database = self._database
         try:
-            connection = self._readers.pop()
-        except IndexError:
-            connection = self._connect()
-        try:
-            return connection.execute(sql, parameters).fetchall()
-        finally:
-            self._readers.append(connection)
+            rows = database.query(sql, parameters)
+        except sqlite3.DatabaseError:
+            if not database.is_outdated():
+                raise
+        else:
+            if not database.is_outdated():
+                return rows
+        with self._write_lock:
+            if self._database is database:
+                self._database = Database(self._path, read_only=True)
+                database.close()
+        return self.query(sql, *parameters)
 
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
         key = (sql, *parameters)
-        generation, now = self._generation.get(), time.monotonic()
-        known = self._lookups.get(key)
-        if known and known[0] == generation and known[1] > now:
-            return known[2]
+        generation = self._database.generation()
+        rows: list[Any]
+        known, rows = self._lookups.get(key) or (None, [])
+        if rows and known == generation:
+            return rows
         rows = self.query(sql, *parameters)
-        if len(self._lookups) >= LOOKUP_LIMIT:
-            self._lookups.clear()
-        if rows and sum(len(cell) for row in rows for cell in row if isinstance(cell, str)) <= LOOKUP_SIZE:
-            self._lookups[key] = generation, now + LOOKUP_LIFETIME, rows
+        if rows and generation is not None:
+            size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
+            if size <= LOOKUP_SIZE:
+                self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, *, durable: bool = True, frees: bool = False, timeout: float = DATABASE_TIMEOUT
+    ) -> Iterator[sqlite3.Connection]:
         """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
-        Threads that come while another one's commit waits for the disk share the next one. durable: whether
-        this one is to wait for the disk.
+        durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
+        Raises sqlite3.OperationalError, for which is_busy holds, when it waits for the lock for too long.
         """
-        with self._write_lock:
-            batch = self._join_batch(durable)
-            self._writer.execute("SAVEPOINT part")
-            try:
-                yield self._writer
-                self._writer.execute("RELEASE part")
-                batch.parts += 1
-            except BaseException as error:
-                self._abandon_part(batch, error)
-                raise
-        with self._commit_lock:
-            if not batch.ended:
-                with self._write_lock:
-                    self._end_batch("COMMIT")
-        if batch.error:
-            raise type(batch.error)(*batch.error.args) from batch.error
-
-    @contextlib.contextmanager
-    def exclusive(self, *, durable: bool = True, dry_run: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction that nothing else is part of, for what removes things.
-
-        It may use the reserve, so that a full disk can be emptied. dry_run: undo it instead of committing it.
-        """
-        with self._write_lock:
+        if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
+            with contextlib.closing(self._database.connect()) as db:
+                yield db
+            return
+        deadline = time.monotonic() + timeout
+        if frees:
             self.files.release_reserve()
-            self._end_batch("COMMIT")
-            self._set_synchronous(durable=durable)
+        if not self._write_lock.acquire(timeout=timeout):
+            raise sqlite3.OperationalError("database is locked")
+        try:
+            left = max(0.0, deadline - time.monotonic())  # one deadline for both locks
+            self._writer.execute(f"PRAGMA busy_timeout = {int(left * 1000)}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
-                self._writer.execute("ROLLBACK" if dry_run else "COMMIT")
-                self._generation.change()
+                self._writer.execute("COMMIT")
             except BaseException:
-                self._roll_back()
+                if self._writer.in_transaction:  # for want of space, SQLite has undone it itself
+                    self._writer.execute("ROLLBACK")
                 raise
+            self._commits += 1
+            commit = self._commits
+        finally:
+            self._write_lock.release()
+        if durable:
+            self._sync_log(commit)
 
-    def _join_batch(self, durable: bool) -> Batch:
-        """The transaction that is under way, or a new one."""
-        if self._batch and durable and not self._batch.durable:
-            self._end_batch("COMMIT")
-        if self._batch is None:
-            self._set_synchronous(durable=durable)
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._batch = Batch(durable)
-        return self._batch
+    def _sync_log(self, commit: int | None = None) -> None:
+        """Wait until a commit of this store, or else all that anybody has committed by now, is on the disk.
 
-    def _abandon_part(self, batch: Batch, error: BaseException) -> None:
-        if not self._writer.in_transaction:  # for want of space, SQLite has undone the other parts too
-            self._batch, batch.ended, batch.error = None, True, error
+        Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
+        the disk takes its time, and one sync serves all who committed before it began, the more the slower
+        the disk is. What a commit builds on lies before it in the log. Should the log be begun anew before
+        the sync, by whatever process, then SQLite has synced it, and the database with all it said, before
+        (wal.html, 3); it syncs the log's new head, and a new log's name, too. While this store has the
+        database open, nobody removes the log, so the descriptor is always that of the right file.
+
+        A sync that failed is not tried again: the system may have dropped what it could not write, and would
+        report success. Nothing is acknowledged then until a restart, which reads the log up to what is bad.
+        """
+        if not self.files.durable:
             return
-        self._writer.execute("ROLLBACK TO part")
-        self._writer.execute("RELEASE part")
-        if not batch.parts:
-            self._end_batch("ROLLBACK")
-
-    def _end_batch(self, how: str) -> None:
-        """Commit or roll back the transaction under way, if any; its threads find out what came of it."""
-        batch, self._batch = self._batch, None
-        if batch is None:
-            return
-        batch.ended = True
-        try:
-            self._writer.execute(how)
-            self._generation.change()
-        except sqlite3.Error as error:
-            batch.error = error
-            self._roll_back()
-
-    def _roll_back(self) -> None:
-        if self._writer.in_transaction:
-            self._writer.execute("ROLLBACK")
-
-    def _set_synchronous(self, *, durable: bool) -> None:
-        """Whether commits wait for the disk: FULL does, NORMAL leaves it to the next checkpoint."""
-        level = ("FULL" if durable else "NORMAL") if self.files.durable else "OFF"
-        if level != self._synchronous:
-            self._writer.execute(f"PRAGMA synchronous = {level}")
-            self._synchronous = level
+        with self._sync_lock:
+            if self._unsyncable:
+                raise OSError(errno.EIO, "the database's log could not be synced; restart the registry")
+            if commit is None or commit > self._synced:
+                commits = self._commits
+                try:
+                    getattr(os, "fdatasync", os.fsync)(self._log)
+                except OSError:
+                    self._unsyncable = True
+                    raise
+                self._synced = commits
 
     @contextlib.contextmanager
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
@@ -1146,7 +1231,7 @@ class Store:
                     upload.copy_to(copy)
                     self.files.place(copy, digest)
         except BaseException:
-            with contextlib.suppress(OSError, sqlite3.Error), self.exclusive(dry_run=True) as db:
+            with contextlib.suppress(OSError, sqlite3.Error), self.transaction(durable=False) as db:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                     self.files.remove(digest)
             raise
@@ -1184,16 +1269,16 @@ class Store:
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here.
 
-        On a full disk that cannot be recorded. The answer stands all the same: it serves pulls, and
-        nothing can be pushed anyway.
+        On a full disk, or while the database is busy, that cannot be recorded. The answer stands all the
+        same: it serves pulls, and a push that follows is likely to fail as well.
         """
         if self.read_only or time.time() - leased_at < LEASE_SLACK:
             return True
         try:
-            with self.transaction(durable=False) as db:
+            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
                 return self._renew_lease(db, repository, digest)
         except (OSError, sqlite3.OperationalError) as error:
-            if is_out_of_space(error):
+            if is_out_of_space(error) or is_busy(error):
                 return True
             raise
 
@@ -1201,7 +1286,7 @@ class Store:
 
     def open_content(self, descriptor: Descriptor) -> bytes | BinaryIO | None:
         """A content: bytes when it is small, else an open file; None when the disk has lost it."""
-        content = self._cache.get(descriptor.digest)
+        content: bytes | None = self._cache.get(descriptor.digest)
         if content is not None:
             return content
         file = self.files.open(descriptor.digest, descriptor.size)
@@ -1211,7 +1296,7 @@ class Store:
             content = file.read()
         if digest_of(content, algorithm_of(descriptor.digest)) != descriptor.digest:
             return None  # what is remembered must be right, since nobody looks at the file again
-        self._cache.put(descriptor.digest, content)
+        self._cache.put(descriptor.digest, content, size=len(content) + CACHE_ENTRY_SIZE)
         return content
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
@@ -1235,7 +1320,7 @@ class Store:
 
         Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
         """
-        with self.exclusive() as db:
+        with self.transaction(frees=True) as db:
             rows = db.execute(
                 "SELECT l.repository_id, l.needed_by FROM repositories r"
                 " JOIN repository_blobs l ON l.repository_id = r.id WHERE r.name = ? AND l.digest = ?",
@@ -1247,7 +1332,7 @@ class Store:
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
-        self.remove_pending()
+        self.remove_files([digest])
 
     @staticmethod
     def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
@@ -1270,18 +1355,34 @@ class Store:
         self._cache.forget(digest)
 
     def remove_pending(self) -> None:
-        """Remove the files whose rows are gone: under the write lock, so that no push brings one back."""
-        while self._remove_some_pending() == BATCH:
-            pass
+        """Try to remove all the files whose rows are gone."""
+        sql, last = "SELECT digest FROM pending_deletes WHERE digest > ? ORDER BY digest LIMIT ?", ""
+        while rows := self.query(sql, last, BATCH):
+            self.remove_files([digest for (digest,) in rows])
+            ((last,),) = rows[-1:]
 
-    def _remove_some_pending(self) -> int:
-        with self.exclusive(durable=False) as db:
-            rows = db.execute("SELECT digest FROM pending_deletes LIMIT ?", (BATCH,)).fetchall()
-            for (digest,) in rows:
+    def remove_files(self, digests: Iterable[str]) -> None:
+        """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
+
+        One that cannot be removed stays among the pending deletes, and is tried again by remove_pending.
+        """
+        sql = "SELECT 1 FROM pending_deletes WHERE digest = ?"
+        with self.transaction(durable=False, frees=True) as db:
+            pending = [digest for digest in digests if db.execute(sql, (digest,)).fetchall()]
+            if pending:
+                self._sync_log()  # the rows have to be gone for good, whoever has deleted them
+            for digest in pending:
                 self._cache.forget(digest)
-                self.files.remove(digest)
-            db.executemany("DELETE FROM pending_deletes WHERE digest = ?", rows)
-        return len(rows)
+                try:
+                    self.files.remove(digest)
+                except OSError as error:
+                    if digest not in self._unremovable:
+                        self._unremovable.add(digest)
+                        report = f"cannot remove {self.files.path(digest)}, will try again: {error.strerror}"
+                        print(f"registry.py: {report}", file=sys.stderr, flush=True)
+                    continue
+                self._unremovable.discard(digest)
+                db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
 
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
@@ -1350,7 +1451,7 @@ class Store:
             upload.resume_hash(self._hashes.pop(session, None))
             yield upload
             if os.path.lexists(upload.path) and (state := upload.hash_state()):
-                if len(self._hashes) >= LOOKUP_LIMIT:
+                if len(self._hashes) >= HASH_LIMIT:
                     self._hashes.clear()  # those sessions are hashed at their end
                 self._hashes[session] = state
         except Exception as error:
@@ -1436,20 +1537,20 @@ class Store:
             self._pulled[name, digest] = int(time.time())
 
     def flush_pulls(self) -> None:
-        """Record what was pulled since the last time. On a full disk that waits."""
+        """Record what was pulled since the last time. On a full disk, or a busy database, that waits."""
         pulled, self._pulled = self._pulled, {}
         if not pulled:
             return
         rows = [(moment, name, digest) for (name, digest), moment in pulled.items()]
         try:
-            with self.transaction(durable=False) as db:
+            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
                 db.executemany(
                     "UPDATE manifests SET pulled_at = ?"
                     " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?",
                     rows,
                 )
         except (OSError, sqlite3.OperationalError) as error:
-            if not is_out_of_space(error):
+            if not is_out_of_space(error) and not is_busy(error):
                 raise
             self._pulled = {**pulled, **self._pulled}
 
@@ -1503,7 +1604,7 @@ class Store:
     def delete_tag(self, name: str, tag: str) -> None:
         """Remove a tag and nothing else. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
         repository = self._require_repository(name)
-        with self.exclusive() as db:
+        with self.transaction(frees=True) as db:
             deleted = db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, tag))
             if not deleted.rowcount:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {tag}")
@@ -1511,7 +1612,7 @@ class Store:
     def delete_manifest(self, name: str, digest: str) -> None:
         """Remove a manifest and its tags. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED."""
         repository = self._require_repository(name)
-        with self.exclusive() as db:
+        with self.transaction(frees=True) as db:
             rows = db.execute(
                 "SELECT l.needed_by FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
                 " WHERE m.repository_id = ? AND m.digest = ?",
@@ -1522,7 +1623,7 @@ class Store:
             if rows[0][0] > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
-        self.remove_pending()
+        self.remove_files([digest])
 
     # --- Listings
 
@@ -1613,8 +1714,10 @@ class Collector:
         """Collect; in a dry run only report."""
         self._store.flush_pulls()
         if dry_run:
-            with self._store.exclusive(dry_run=True) as self._dry:
+            with self._store.transaction(durable=False) as self._dry:
                 self._collect()
+                self._dry.execute("ROLLBACK")
+                self._dry.execute("BEGIN")
             return
         self._store.remove_pending()
         self._collect()
@@ -1632,7 +1735,7 @@ class Collector:
         if self._dry:
             yield self._dry
             return
-        with self._store.exclusive() as db:
+        with self._store.transaction(frees=True) as db:
             yield db
         self._store.remove_pending()
 
@@ -1798,7 +1901,7 @@ class Verifier:
 
     def _confirm(self, digest: str, size: int, repair: bool) -> Iterator[Finding]:
         """Look again while nobody can push or delete: the content may have come or gone meanwhile."""
-        with self._store.exclusive() as db:
+        with self._store.transaction(frees=True) as db:
             current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
             damage = self._check(current[0]) if current else ""
             if damage and repair:
@@ -1820,7 +1923,7 @@ class Verifier:
 
         A file that is locked is an upload on its way to its row.
         """
-        with self._store.exclusive(dry_run=True):
+        with self._store.transaction(durable=False):
             files = self._store.files
             stray = os.path.lexists(files.path(digest)) and not files.is_being_placed(digest)
             stray = stray and not self._is_known(digest)
@@ -1890,36 +1993,7 @@ class WatchedFiles(Generic[T]):
             print(f"registry.py: {report}", file=sys.stderr, flush=True)
 
     def _signature(self) -> list[tuple[int, int, int] | None]:
-        return [self._stat(path) for path in self._paths]
-
-    @staticmethod
-    def _stat(path: str) -> tuple[int, int, int] | None:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-class ExpiringCache:
-    """Remembers a limited number of things, each for some seconds."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._things: dict[Any, tuple[float, Any]] = {}
-
-    def get(self, key: Any) -> Any:
-        """What was put there, or None."""
-        expires, thing = self._things.get(key, (0.0, None))
-        return thing if expires > time.monotonic() else None
-
-    def put(self, key: Any, thing: Any, seconds: float) -> None:
-        """Remember a thing; when there are too many, the oldest goes."""
-        self._things.pop(key, None)
-        self._things[key] = time.monotonic() + seconds, thing
-        while len(self._things) > self._limit:
-            with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was quicker
-                self._things.pop(next(iter(self._things)))
+        return [file_state(path) for path in self._paths]
 
 
 def hash_password(password: str) -> str:
@@ -2112,8 +2186,8 @@ class Access:
         self._key = key or secrets.token_bytes(32)
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
         self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
-        self._verified = ExpiringCache(1000)
-        self._failures = ExpiringCache(10_000)
+        self._verified = Cache(1000)
+        self._failures = Cache(10_000)
         self._hashing = threading.Lock()  # scrypt takes 16 MiB and a core: one at a time
 
     def permits(self, user: str | None, scope: Scope) -> bool:
@@ -3280,6 +3354,8 @@ def error_reply(error: Exception) -> Reply:
 def _translate(error: Exception) -> RegistryError:
     if is_out_of_space(error):
         return RegistryError(ErrorCode.STORAGE_FULL)
+    if is_busy(error):
+        return RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
     traceback.print_exception(type(error), error, error.__traceback__)
     return RegistryError(ErrorCode.INTERNAL)
 

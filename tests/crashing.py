@@ -25,7 +25,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import registry
-from tests.steps import KINDS, Step, observed
+from tests.steps import KINDS, Observer, Step, observed
 
 REPLY = "reply"
 CODES = [*KINDS, REPLY]
@@ -55,12 +55,12 @@ class Countdown:
 
 
 @contextlib.contextmanager
-def replies_observed(countdown: Countdown) -> Iterator[None]:
+def replies_observed(observer: Observer) -> Iterator[None]:
     """Sending to a client is a step too: what came before it is done and not acknowledged."""
     send = socket.socket.sendall
 
     def observed_send(connection: socket.socket, *arguments: Any) -> None:
-        countdown(Step(REPLY, connection))
+        observer(Step(REPLY, connection))
         send(connection, *arguments)
 
     with mock.patch.object(socket.socket, "sendall", observed_send):

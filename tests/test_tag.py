@@ -165,7 +165,7 @@ class CatalogTest(HTTPTestCase):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         registry = Registry(data=directory.name)
-        self.client = Client(registry.__enter__().host)
+        self.client = Client(registry.__enter__().netloc)
         self.addCleanup(registry.__exit__, None, None, None)
 
     def push(self) -> None:

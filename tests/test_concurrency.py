@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from registry import Registry
 from tests.support import (
     OCI_CONFIG,
+    OCI_INDEX,
     OCI_MANIFEST,
     Client,
     RegistryTestCase,
@@ -116,6 +117,19 @@ class PushTest(ConcurrencyTestCase):
         self.assertEqual(self.client.get("tags/list").json["tags"], [])
         for content in image.blobs:
             self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
+
+    def test_one_of_many_creates_a_tag(self) -> None:
+        with Registry(data=str(self.data.path)) as other:
+            clients = [self.client, Client(other.netloc, self.client.repository)] * (PUSHERS // 2)
+            for number in range(ROUNDS):
+                create = {"Content-Type": OCI_INDEX, "If-None-Match": "*"}
+                bodies = [encode(image_index([], annotations={"n": unique().decode()})) for _ in clients]
+                path = f"manifests/new-{number}"
+                puts = [functools.partial(c.put, path, body, create) for c, body in zip(clients, bodies)]
+                responses = run_at_once(*puts)
+                statuses = [response.status for response in responses]
+                self.assertEqual(sorted(statuses), [201] + [412] * (len(clients) - 1))
+                self.assertEqual(self.client.get(path).body, bodies[statuses.index(201)])
 
     def test_referrers_of_one_subject(self) -> None:
         self.client.push_blob(b"{}")
@@ -250,7 +264,7 @@ class SharedDirectoryTest(ConcurrencyTestCase):
     def test_manifests_refused_at_once_leave_no_file(self) -> None:
         absent = descriptor(b"never pushed")
         with Registry(data=str(self.data.path)) as other:
-            clients = [self.client, Client(other.host, self.client.repository)] * 4
+            clients = [self.client, Client(other.netloc, self.client.repository)] * 4
             for number in range(10):
                 manifest = image_manifest(absent, annotations={"number": str(number)})
                 puts = [functools.partial(client.put_manifest, manifest, "refused") for client in clients]
@@ -264,7 +278,7 @@ class SharedDirectoryTest(ConcurrencyTestCase):
                 with self.data.locked():
                     late = pool.submit(self.client.delete, "manifests/latest")
                     time.sleep(0.2)  # the longer SQLite waits for a lock, the less often it tries
-                here = Client(quick.host, self.client.repository)
+                here = Client(quick.netloc, self.client.repository)
                 here.expect(202, "DELETE", f"manifests/{digest}")
                 there = here.at(self.other.repository)
                 there.push_manifest(manifest, "latest")

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from tests.support import (
     MALFORMED_DIGESTS,
+    MEBIBYTE,
     OCI_CONFIG,
     OCI_EMPTY,
     OCI_INDEX,
@@ -253,3 +254,26 @@ class PagingTest(ReferrerTestCase):
         for kind, expected in pushed.items():
             digests = self.all_pages(f"?artifactType={quote(kind, safe='')}")
             self.assertEqual(sorted(digests), sorted(expected))
+
+    def test_a_page_is_bounded_by_its_whole_length(self) -> None:
+        """Three mebibytes, or one descriptor that is longer."""
+        for name, count, length, artifact_type in (
+            ("long annotations", 8, 1_000_000, SBOM),
+            ("one on each page", 2, 3_500_000, SBOM),
+            ("long types", 160, 17_000, "\U0001f600" * 255),
+        ):
+            with self.subTest(name):
+                subject = descriptor(name.encode(), OCI_MANIFEST)
+                for number in range(count):
+                    annotations = {"a": "x" * length, "n": str(number)}
+                    manifest = image_manifest(EMPTY, annotations=annotations, artifactType=artifact_type)
+                    self.push(manifest, subject=subject)
+                path, found = f"referrers/{subject['digest']}", 0
+                while path:
+                    response = self.client.expect(200, "GET", path)
+                    listed = response.json["manifests"]
+                    self.assertTrue(len(response.body) < 3 * MEBIBYTE + 500 or len(listed) == 1)
+                    self.assertGreater(len(listed), 0)
+                    found += len(listed)
+                    path = next_page(response) or ""
+                self.assertEqual(found, count)

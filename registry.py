@@ -1528,7 +1528,9 @@ class Store:
             some = rows[start : start + REFERENCE_STEP]
             values = ", ".join(["(?1, ?2, ?, ?)"] * len(some))
             db.execute(
-                f"INSERT OR IGNORE INTO manifest_references VALUES {values}",
+                f"INSERT INTO manifest_references VALUES {values}"
+                " ON CONFLICT (repository_id, manifest, child)"
+                " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
                 (repository, digest, *(value for row in some for value in row)),
             )
         missing = db.execute(

@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any, ClassVar
 
+from registry import Registry
 from tests.support import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -15,6 +16,7 @@ from tests.support import (
     OCI_INDEX,
     OCI_LAYER,
     OCI_MANIFEST,
+    Client,
     RegistryTestCase,
     Response,
     descriptor,
@@ -767,6 +769,19 @@ class SparseTest(ManifestTestCase):
         self.client.push_manifest(child)
         self.assert_error(self.client.delete(f"blobs/{digest_of(layer)}"), 405, "DENIED")
         self.assert_error(self.client.delete(f"manifests/{digest_of(encode(child))}"), 405, "DENIED")
+
+    def test_what_was_taken_without_its_parts_is_not_taken_so_by_others(self) -> None:
+        layer = unique()
+        manifest = self.manifest(layers=[descriptor(layer)])
+        self.client.push_manifest(manifest, "tag")
+        with Registry(data=str(self.data.path), sync=False) as strict:
+            client = Client(strict.netloc, self.client.repository)
+            self.assert_error(client.put_manifest(manifest, "other"), 400, "MANIFEST_BLOB_UNKNOWN")
+            client.push_blob(layer)
+            client.push_manifest(manifest, "other")
+        self.client.push_manifest(manifest, "tag")
+        row = "SELECT required FROM manifest_references WHERE child = ?"
+        self.assertEqual(self.data.rows(row, digest_of(layer)), [(1,)])
 
     def test_a_malformed_manifest_is_refused_all_the_same(self) -> None:
         manifest = self.manifest(layers=[{**descriptor(b"absent"), "size": -1}])

@@ -1597,7 +1597,7 @@ class Store:
         sizes = itertools.accumulate(length for _, length in lengths)
         count = min(max(sum(size <= REFERRER_PAGE_BYTES for size in sizes), 1), REFERRER_PAGE_LIMIT)
         page = self.query_cached(f"SELECT m.digest, d.descriptor {source}", *about, count)
-        return page, len(lengths) > count
+        return page, bool(page) and len(lengths) > count
 
 
 def _may_be_stale(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:

@@ -51,7 +51,6 @@ import hashlib
 import hmac
 import http
 import io
-import itertools
 import json
 import mmap
 import os
@@ -1585,19 +1584,27 @@ class Store:
 
         Digests and descriptors in JSON, as many as fit on a page, at least one; and whether there are more.
         """
-        source = (
-            " FROM manifests m JOIN referrers d ON d.repository_id = m.repository_id AND d.digest = m.digest"
+        about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
+        rows = self.query_cached(
+            f"SELECT repository_id, digest, length(d.descriptor),"
+            f" CASE WHEN length(d.descriptor) <= {4 * KIB} THEN d.descriptor END"
+            " FROM manifests m JOIN referrers d USING (repository_id, digest)"
             " WHERE m.repository_id = (SELECT id FROM repositories WHERE name = ?) AND m.subject = ?"
             f" AND m.digest > ?{' AND m.artifact_type = ?' if artifact_type else ''}"
-            " ORDER BY m.digest LIMIT ?"
+            " ORDER BY m.digest LIMIT ?",
+            *about,
+            REFERRER_PAGE_LIMIT + 1,
         )
-        about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
-        sql = f"SELECT m.digest, length(d.descriptor) {source}"
-        lengths = self.query_cached(sql, *about, REFERRER_PAGE_LIMIT + 1)
-        sizes = itertools.accumulate(length for _, length in lengths)
-        count = min(max(sum(size <= REFERRER_PAGE_BYTES for size in sizes), 1), REFERRER_PAGE_LIMIT)
-        page = self.query_cached(f"SELECT m.digest, d.descriptor {source}", *about, count)
-        return page, bool(page) and len(lengths) > count
+        page: list[tuple[str, bytes]] = []
+        room = REFERRER_PAGE_BYTES
+        for repository, digest, length, descriptor in rows[:REFERRER_PAGE_LIMIT]:
+            room -= length
+            if page and room < 0:
+                return page, True
+            sql = "SELECT descriptor FROM referrers WHERE repository_id = ? AND digest = ?"
+            found = [(descriptor,)] if descriptor else self.query(sql, repository, digest)  # it is long
+            page += [(digest, each) for (each,) in found]
+        return page, bool(page) and len(rows) > REFERRER_PAGE_LIMIT
 
 
 def _may_be_stale(entry: os.DirEntry[str], sessions: set[str], oldest: float) -> bool:

@@ -110,10 +110,9 @@ MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
-REFERRER_BATCH = 16
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
-DETAIL_LIMIT = 1_000  # entries of one error
+DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters of each one's detail
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
@@ -152,14 +151,20 @@ COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
 LOG_INDEX_HEAD = 96  # bytes: two copies of the head of registry.db-shm
 IDLE_READERS = 8  # connections to the database that are kept for the next queries
+HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload sessions
 LOOKUP_CACHE_SIZE, LOOKUP_SIZE = 4 * MIB, 32 * KIB  # of all query results remembered, and of one
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
-FORMAT_VERSION = 1  # PRAGMA user_version of the schema.sql beside this file
+REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
+LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
+MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
+FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
 
 ALGORITHMS = ("sha256", "sha512")
 NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 NAME_LIMIT = 255
+AFTER_NAMES = "\x7f"  # no name begins with this or anything after it in byte order
+MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the slash
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -170,6 +175,7 @@ LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one 
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
+ENTITY_TAG = re.compile(r'(W/)?"([^"]*)"')
 HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
 
 # === Errors ===========================================================================================
@@ -204,6 +210,7 @@ class ErrorCode(enum.Enum):
     STILL_NEEDED = 405, "DENIED", "still needed by a manifest of the repository; delete that first"
     UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
     UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
+    PRECONDITION_FAILED = 412, "DENIED", "If-Match or If-None-Match does not hold; this is there now"
     RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     MANIFEST_TOO_LARGE = 413, "SIZE_INVALID", f"manifest larger than {MANIFEST_LIMIT // MIB} MiB"
     TOO_MANY_TAGS = 414, "UNSUPPORTED", f"more than {TAG_PARAMETER_LIMIT} tags in one request"
@@ -236,6 +243,7 @@ class RegistryError(Exception):
     """An ErrorCode on its way to the client: one entry for each detail, or one without."""
 
     def __init__(self, code: ErrorCode, *details: str, headers: Headers = ()) -> None:
+        details = tuple(detail[:DETAIL_LENGTH] for detail in details[:DETAIL_LIMIT])
         super().__init__(code.message, *details)
         self.code = code
         self.details = details
@@ -322,6 +330,15 @@ class Manifest(NamedTuple):
     required: tuple[str, ...]  # digests that the repository must hold already
     optional: tuple[str, ...]  # digests that it may lack: foreign layers
 
+    def descriptor(self, digest: str, size: int) -> bytes:
+        """How the list of referrers describes it, as JSON (specification, "Listing Referrers")."""
+        descriptor: dict[str, Any] = {"mediaType": self.media_type, "digest": digest, "size": size}
+        if self.artifact_type:
+            descriptor["artifactType"] = self.artifact_type
+        if self.annotations:
+            descriptor["annotations"] = self.annotations
+        return encode_json(descriptor)
+
 
 def invalid_manifest(reason: str) -> RegistryError:
     """The error for content that is no acceptable manifest."""
@@ -335,78 +352,17 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
     """
     document = _parse_json_object(content)
     media_type = _media_type(document, content_type)
-    if document.get("schemaVersion") != 2 or media_type.startswith(DOCKER_SCHEMA1):
-        raise invalid_manifest("schemaVersion must be 2; Docker's schema 1 is not supported")
-    parse = _parse_index if _is_index(document, media_type) else _parse_image
-    return parse(document, media_type)
-
-
-def _parse_json_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes. Neither depth nor a number's length costs more than it should."""
-    try:
-        document = json.loads(content.decode("utf-8"), parse_int=_parse_int, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
-    if not isinstance(document, dict):
-        raise invalid_manifest("not a JSON object")
-    return document
-
-
-def _parse_int(digits: str) -> int:
-    """An integer of at most 20 characters: int() takes quadratic time for longer ones."""
-    if len(digits) > 20:
-        raise ValueError("number too long")
-    return int(digits)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _media_type(document: dict[str, Any], content_type: str) -> str:
-    """The one media type that body and header agree on, or that follows from the body's members."""
-    declared = _optional(document, "mediaType", str) or ""
-    if declared and content_type and declared != content_type:
-        raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
-    media_type = declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
-    if not MEDIA_TYPE.fullmatch(media_type):
-        raise invalid_manifest("malformed media type")
-    return media_type
-
-
-def _is_index(document: dict[str, Any], media_type: str) -> bool:
-    """Whether this is an index rather than an image manifest; something that could be both is neither."""
-    index, image = "manifests" in document, "layers" in document or "config" in document
-    if index == image:
-        raise invalid_manifest("needs either manifests, or config and layers")
-    expected = {OCI_INDEX: True, DOCKER_LIST: True, OCI_MANIFEST: False, DOCKER_MANIFEST: False}
-    if expected.get(media_type, index) != index:
-        raise invalid_manifest(f"its members are not those of {media_type}")
-    return index
-
-
-def _parse_index(document: dict[str, Any], media_type: str) -> Manifest:
-    children = _descriptors(document, "manifests")
     artifact_type = _optional(document, "artifactType", str)
-    return _manifest(document, media_type, artifact_type, children, [])
-
-
-def _parse_image(document: dict[str, Any], media_type: str) -> Manifest:
-    config = _descriptor(document.get("config"), "config")
-    layers = _descriptors(document, "layers")
-    artifact_type = _optional(document, "artifactType", str) or _optional(config, "mediaType", str)
-    foreign = [layer for layer in layers if _is_foreign(layer)]
-    local = [config, *(layer for layer in layers if not _is_foreign(layer))]
-    return _manifest(document, media_type, artifact_type, local, foreign)
-
-
-def _manifest(
-    document: dict[str, Any],
-    media_type: str,
-    artifact_type: str | None,
-    required: list[dict[str, Any]],
-    optional: list[dict[str, Any]],
-) -> Manifest:
+    optional: list[dict[str, Any]] = []
+    if "manifests" in document:
+        required = _descriptors(document["manifests"], "manifests")
+    else:
+        required = _descriptors([document.get("config")], "config")
+        artifact_type = artifact_type or _optional(required[0], "mediaType", str)
+        for layer in _descriptors(document.get("layers"), "layers"):
+            kind = _optional(layer, "mediaType", str) or ""
+            foreign = layer.get("urls") or "nondistributable" in kind or "foreign" in kind
+            (optional if foreign else required).append(layer)  # clients fetch foreign layers elsewhere
     subject = document.get("subject")
     annotations = _optional(document, "annotations", dict) or {}
     if not all(isinstance(value, str) for value in annotations.values()):
@@ -414,46 +370,74 @@ def _manifest(
     return Manifest(
         media_type,
         artifact_type or None,
-        None if subject is None else _descriptor(subject, "subject")["digest"],
+        None if subject is None else _descriptors([subject], "subject")[0]["digest"],
         annotations,
-        tuple(dict.fromkeys(descriptor["digest"] for descriptor in required)),
-        tuple(dict.fromkeys(descriptor["digest"] for descriptor in optional)),
+        tuple(sorted({descriptor["digest"] for descriptor in required})),
+        tuple(sorted({descriptor["digest"] for descriptor in optional})),
     )
 
 
+def _parse_json_object(content: bytes) -> dict[str, Any]:
+    """The JSON object in some bytes. Neither depth nor a number's length costs more than it should."""
+
+    def parse_int(digits: str) -> int:
+        if len(digits) > 20:  # int() takes quadratic time
+            raise ValueError("number too long")
+        return int(digits)
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
+    if not isinstance(document, dict):
+        raise invalid_manifest("not a JSON object")
+    return document
+
+
+def _media_type(document: dict[str, Any], content_type: str) -> str:
+    """The one media type that body, header and the body's members agree on."""
+    declared = _optional(document, "mediaType", str)
+    if declared and content_type and declared != content_type:
+        raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
+    index, image = "manifests" in document, "layers" in document or "config" in document
+    media_type = declared or content_type or (OCI_INDEX if index else OCI_MANIFEST)
+    if not MEDIA_TYPE.fullmatch(media_type) or len(media_type) > MEDIA_TYPE_LIMIT:
+        raise invalid_manifest("malformed media type")
+    if document.get("schemaVersion") != 2 or media_type.startswith(DOCKER_SCHEMA1):
+        raise invalid_manifest("schemaVersion must be 2; Docker's schema 1 is not supported")
+    if index == image:
+        raise invalid_manifest("needs either manifests, or config and layers")
+    if media_type in ((OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)):
+        raise invalid_manifest(f"its members are not those of {media_type}")
+    return media_type
+
+
 def _optional(document: dict[str, Any], member: str, kind: type) -> Any:
-    """A member that may be absent or null, but is otherwise of this kind."""
+    """A member that may be absent or null, but is otherwise of this kind; text is a media type, so short."""
     value = document.get(member)
     if value is not None and not isinstance(value, kind):
         raise invalid_manifest(f"{member} is of the wrong type")
-    if isinstance(value, str) and not value.isprintable():
-        raise invalid_manifest(f"{member} has characters that cannot be printed")
+    if isinstance(value, str) and (len(value) > MEDIA_TYPE_LIMIT or not value.isprintable()):
+        raise invalid_manifest(f"{member} is too long, or has characters that cannot be printed")
     return value
 
 
-def _descriptors(document: dict[str, Any], member: str) -> list[dict[str, Any]]:
-    values = document.get(member)
+def _descriptors(values: object, member: str) -> list[dict[str, Any]]:
+    """A list of content descriptors (image-spec descriptor.md), their digests and sizes checked."""
     if not isinstance(values, list):
         raise invalid_manifest(f"{member} is not a list")
-    return [_descriptor(value, member) for value in values]
-
-
-def _descriptor(value: object, member: str) -> dict[str, Any]:
-    """A content descriptor (image-spec descriptor.md), its digest and size checked."""
-    if not isinstance(value, dict):
-        raise invalid_manifest(f"{member} is not a descriptor")
-    digest, size = value.get("digest"), value.get("size", 0)
-    if not isinstance(digest, str) or not is_digest(digest):
-        raise invalid_manifest(f"{member} has a bad digest")
-    if type(size) is not int or size < 0:
-        raise invalid_manifest(f"{member} has a bad size")
-    return value
-
-
-def _is_foreign(layer: dict[str, Any]) -> bool:
-    """Whether clients fetch this layer elsewhere, so that it need not be pushed here."""
-    media_type = _optional(layer, "mediaType", str) or ""
-    return bool(layer.get("urls")) or "nondistributable" in media_type or "foreign" in media_type
+    for value in values:
+        if not isinstance(value, dict):
+            raise invalid_manifest(f"{member} is not a descriptor")
+        digest, size = value.get("digest"), value.get("size", 0)
+        if not isinstance(digest, str) or not is_digest(digest):
+            raise invalid_manifest(f"{member} has a bad digest")
+        if type(size) is not int or size < 0:
+            raise invalid_manifest(f"{member} has a bad size")
+    return values
 
 
 # === Files ============================================================================================
@@ -896,14 +880,6 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
-class Referrer(NamedTuple):
-    """A manifest that names another as its subject, as the referrers list shows it."""
-
-    descriptor: Descriptor
-    artifact_type: str | None
-    annotations: str  # a JSON object
-
-
 class LogIndex:
     """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
 
@@ -1088,17 +1064,21 @@ class Store:
         self.files.keep_reserve()
 
     def _make_database(self) -> None:
-        """Bring the database to the format of schema.sql, or refuse one from a newer registry."""
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        self._check_format(version)
+        """Make the tables, or bring those of format 1 up to date, in one transaction (schema.sql)."""
         self._writer.execute(f"PRAGMA synchronous = {'NORMAL' if self.files.durable else 'OFF'}")
         self._writer.execute("PRAGMA journal_mode = WAL")
-        if version < FORMAT_VERSION:
-            try:
-                schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-            except FileNotFoundError:
-                raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
-            self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+        ((version,),) = self._writer.execute("PRAGMA user_version")
+        if version >= FORMAT_VERSION:
+            return
+        try:
+            schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
+        parts = re.split(r"^-- ===.*", schema, flags=re.MULTILINE)
+        script = "".join(parts) if version else parts[2]
+        self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
+        self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
+        self._writer.execute("PRAGMA foreign_keys = ON")
 
     def _check_format(self, version: int) -> None:
         if version > FORMAT_VERSION:
@@ -1106,8 +1086,10 @@ class Store:
                 f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
                 "run the newer registry.py that made it"
             )
-        if self.read_only and not version:
+        if not version:
             raise StartupError(f"{self._path} is empty, and so there is nothing to serve read-only")
+        if version < FORMAT_VERSION:
+            raise StartupError(f"{self._path} has format {version}: start without --read-only once")
 
     def close(self) -> None:
         """Close the database. No other method may be running or be called again."""
@@ -1305,9 +1287,7 @@ class Store:
         lease: garbage collection shall leave it alone for the grace period.
         """
         rows = self.query_cached(
-            "SELECT b.size, l.repository_id, l.leased_at FROM repositories r"
-            " JOIN repository_blobs l ON l.repository_id = r.id JOIN blobs b ON b.digest = l.digest"
-            " WHERE r.name = ? AND l.digest = ?",
+            "SELECT size, repository_id, leased_at FROM contents WHERE repository = ? AND digest = ?",
             name,
             digest,
         )
@@ -1321,11 +1301,8 @@ class Store:
         Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
         """
         with self.transaction(frees=True) as db:
-            rows = db.execute(
-                "SELECT l.repository_id, l.needed_by FROM repositories r"
-                " JOIN repository_blobs l ON l.repository_id = r.id WHERE r.name = ? AND l.digest = ?",
-                (name, digest),
-            ).fetchall()
+            sql = "SELECT repository_id, needed_by FROM contents WHERE repository = ? AND digest = ?"
+            rows = db.execute(sql, (name, digest)).fetchall()
             if not rows:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
             ((repository, needed_by),) = rows
@@ -1395,25 +1372,19 @@ class Store:
             return False
         file.close()
         with self.transaction() as db:
-            if not self._is_linked(db, source, digest):
+            sql = "SELECT 1 FROM contents WHERE repository = ? AND digest = ?"
+            if not db.execute(sql, (source, digest)).fetchall():
                 return False
             self._link(db, name, digest, blob.size)
         return True
 
-    @staticmethod
-    def _is_linked(db: sqlite3.Connection, name: str, digest: str) -> bool:
-        sql = (
-            "SELECT 1 FROM repositories r JOIN repository_blobs l ON l.repository_id = r.id"
-            " WHERE r.name = ? AND l.digest = ?"
-        )
-        return bool(db.execute(sql, (name, digest)).fetchall())
-
-    def repositories_with(self, digest: str) -> list[str]:
-        """The names of the repositories that are linked to a blob."""
+    def repositories_with(self, digest: str, limit: int) -> list[str]:
+        """The names of up to so many repositories that are linked to a blob, in no order."""
         rows = self.query(
             "SELECT r.name FROM repository_blobs l JOIN repositories r ON r.id = l.repository_id"
-            " WHERE l.digest = ? ORDER BY r.name",
+            " WHERE l.digest = ? LIMIT ?",
             digest,
+            limit,
         )
         return [name for (name,) in rows]
 
@@ -1504,29 +1475,23 @@ class Store:
 
     # --- Manifests
 
+    MANIFEST = (  # by the repository's name, and a tag or digest: they differ by a colon
+        "SELECT m.media_type, digest, c.size, repository_id, c.leased_at, c.needed_by"
+        " FROM contents c JOIN manifests m USING (repository_id, digest) WHERE c.repository = ?1"
+        " AND c.digest = ifnull((SELECT t.digest FROM tags t WHERE t.repository_id = c.repository_id"
+        "  AND t.name = ?2), ?2)"
+    )
+
     def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
         """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN.
 
         lease: garbage collection shall leave it alone for the grace period.
         """
-        if is_digest(reference):
-            source, column = "manifests m", "m.digest"
-        else:
-            source = "tags t JOIN manifests m ON m.repository_id = t.repository_id AND m.digest = t.digest"
-            column = "t.name"
-        alias = column[0]
-        rows = self.query_cached(
-            f"SELECT m.media_type, m.digest, b.size, l.repository_id, l.leased_at FROM {source}"
-            " JOIN blobs b ON b.digest = m.digest"
-            " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
-            f" WHERE {alias}.repository_id = (SELECT id FROM repositories WHERE name = ?) AND {column} = ?",
-            name,
-            reference,
-        )
+        rows = self.query_cached(self.MANIFEST, name, reference)
         if not rows:
             self._require_repository(name)
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        media_type, digest, size, repository, leased_at = rows[0]
+        ((media_type, digest, size, repository, leased_at, _),) = rows
         if lease and not self._lease(repository, digest, leased_at):
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
         return Descriptor(media_type, digest, size)
@@ -1555,75 +1520,105 @@ class Store:
             self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
-        self, name: str, manifest: Manifest, content: bytes, digest: str, tags: Iterable[str]
-    ) -> None:
-        """Store a parsed manifest under its digest, durably, and point tags at it.
+        self,
+        name: str,
+        reference: str,
+        manifest: Manifest,
+        content: bytes,
+        *,
+        tags: Iterable[str] = (),
+        check: Callable[[str | None], object] = lambda digest: None,
+    ) -> str:
+        """Store a parsed manifest under a tag or its digest, durably, with more tags, and return its digest.
 
+        check is called with the digest of what the reference names till then, and raises what forbids it.
         Raises DIGEST_INVALID, and MANIFEST_BLOB_UNKNOWN with each digest that is required and absent.
         """
+        digest = reference if is_digest(reference) else digest_of(content)
+        descriptor = manifest.descriptor(digest, len(content)) if manifest.subject else None
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             with self._placed(upload, digest) as db:
-                self._require_references(db, name, manifest)
+                before = db.execute(self.MANIFEST, (name, reference)).fetchall()
                 repository = self._link(db, name, digest, len(content))
-                self._record_manifest(db, repository, digest, manifest)
+                self._record_manifest(db, repository, digest, manifest, descriptor)
+                self._record_references(db, repository, digest, manifest)
                 db.executemany(
                     "INSERT INTO tags VALUES (?, ?, ?)"
                     " ON CONFLICT (repository_id, name) DO UPDATE SET digest = excluded.digest",
-                    [(repository, tag, digest) for tag in tags],
+                    [(repository, tag, digest) for tag in (reference, *tags) if tag != digest],
                 )
+                check(before[0][1] if before else None)
+        return digest
 
-    def _require_references(self, db: sqlite3.Connection, name: str, manifest: Manifest) -> None:
-        if self.sparse:
-            return
-        missing = [digest for digest in manifest.required if not self._is_linked(db, name, digest)]
-        if missing:
-            raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *missing[:DETAIL_LIMIT])
-
+    @staticmethod
     def _record_manifest(
-        self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
+        db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest, descriptor: bytes | None
     ) -> None:
         """Pushed again, a manifest whose body names no media type may bring another one."""
-        annotations = json.dumps(manifest.annotations) if manifest.annotations else None
-        about = (manifest.media_type, manifest.artifact_type, manifest.subject, annotations)
         now = int(time.time())
         db.execute(
-            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
             " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
-            (repository, digest, *about, now, now),
+            (repository, digest, manifest.media_type, manifest.artifact_type, manifest.subject, now, now),
         )
+        if descriptor:
+            db.execute(
+                "INSERT INTO referrers VALUES (?, ?, ?)"
+                " ON CONFLICT (repository_id, digest) DO UPDATE SET descriptor = excluded.descriptor",
+                (repository, digest, descriptor),
+            )
+
+    def _record_references(
+        self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
+    ) -> None:
+        """Raises MANIFEST_BLOB_UNKNOWN. Sorted rows, and many in one statement, take a tenth of the time."""
         needs = dict.fromkeys(manifest.optional, False)
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
         needs[digest] = True
-        db.executemany(
-            "INSERT OR IGNORE INTO manifest_references VALUES (?, ?, ?, ?)",
-            [(repository, digest, child, required) for child, required in needs.items()],
-        )
+        rows = sorted(needs.items())
+        for start in range(0, len(rows), REFERENCE_STEP):
+            some = rows[start : start + REFERENCE_STEP]
+            values = ", ".join(["(?1, ?2, ?, ?)"] * len(some))
+            db.execute(
+                f"INSERT INTO manifest_references VALUES {values}"
+                " ON CONFLICT (repository_id, manifest, child)"
+                " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
+                (repository, digest, *(value for row in some for value in row)),
+            )
+        missing = db.execute(
+            "SELECT child FROM manifest_references c WHERE repository_id = ? AND manifest = ? AND required"
+            " AND NOT EXISTS (SELECT 1 FROM repository_blobs l"
+            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child) LIMIT ?",
+            (repository, digest, DETAIL_LIMIT),
+        ).fetchall()
+        if missing and not self.sparse:
+            raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *(child for (child,) in missing))
 
-    def delete_tag(self, name: str, tag: str) -> None:
-        """Remove a tag and nothing else. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
-        repository = self._require_repository(name)
-        with self.transaction(frees=True) as db:
-            deleted = db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, tag))
-            if not deleted.rowcount:
-                raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {tag}")
+    def delete_manifest(
+        self, name: str, reference: str, check: Callable[[str], object] = lambda digest: None
+    ) -> None:
+        """Remove a tag and nothing else, or by its digest a manifest and its tags.
 
-    def delete_manifest(self, name: str, digest: str) -> None:
-        """Remove a manifest and its tags. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED."""
-        repository = self._require_repository(name)
+        check is called with the digest of what is there, and raises what forbids it.
+        Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED.
+        """
+        self._require_repository(name)
         with self.transaction(frees=True) as db:
-            rows = db.execute(
-                "SELECT l.needed_by FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
-                " WHERE m.repository_id = ? AND m.digest = ?",
-                (repository, digest),
-            ).fetchall()
+            rows = db.execute(self.MANIFEST, (name, reference)).fetchall()
             if not rows:
-                raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {digest}")
-            if rows[0][0] > 1:  # by an index, and not just by itself
+                raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
+            ((_, digest, _, repository, _, needed_by),) = rows
+            if reference == digest and needed_by > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
-            self.unlink(db, repository, digest)
-        self.remove_files([digest])
+            check(digest)
+            if reference == digest:
+                self.unlink(db, repository, digest)
+            else:
+                db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, reference))
+        if reference == digest:
+            self.remove_files([digest])
 
     # --- Listings
 
@@ -1633,38 +1628,39 @@ class Store:
         sql = "SELECT name FROM tags WHERE repository_id = ? AND name > ? ORDER BY name LIMIT ?"
         return [tag for (tag,) in self.query_cached(sql, repository, last, limit)]
 
-    def repositories(self, last: str, limit: int) -> list[str]:
-        """Up to so many repositories after one, in byte order."""
-        sql = "SELECT name FROM repositories WHERE name > ? ORDER BY name LIMIT ?"
-        return [name for (name,) in self.query_cached(sql, last, limit)]
+    def repositories(self, first: str, end: str, limit: int) -> list[str]:
+        """Up to so many repositories from one name on and before another, in byte order."""
+        sql = "SELECT name FROM repositories WHERE name >= ? AND name < ? ORDER BY name LIMIT ?"
+        return [name for (name,) in self.query_cached(sql, first, end, limit)]
 
     def referrers(
-        self, name: str, subject: str, artifact_type: str | None, last: str, limit: int
-    ) -> list[Referrer]:
-        """Up to so many manifests that refer to a subject, after one, by digest; the subject may be absent.
+        self, name: str, subject: str, artifact_type: str | None, last: str
+    ) -> tuple[list[tuple[str, bytes]], bool]:
+        """The manifests that refer to a subject, after one, by digest; the subject may be absent.
 
-        What clients without the referrers API listed in the index tagged <algorithm>-<hex> counts too.
+        Digests and descriptors in JSON, as many as fit on a page, at least one; and whether there are more.
         """
+        about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
         rows = self.query_cached(
-            "WITH repository (id) AS (SELECT id FROM repositories WHERE name = ?), referrers (digest) AS ("
-            " SELECT m.digest FROM repository r JOIN manifests m ON m.repository_id = r.id AND m.subject = ?"
-            " UNION SELECT c.child FROM repository r"
-            " JOIN tags t ON t.repository_id = r.id AND t.name = ?"
-            " JOIN manifest_references c ON c.repository_id = r.id AND c.manifest = t.digest"
-            "  AND c.child <> c.manifest)"
-            " SELECT m.media_type, m.digest, b.size, m.artifact_type, m.annotations FROM repository r"
-            " JOIN referrers JOIN manifests m ON m.repository_id = r.id AND m.digest = referrers.digest"
-            " JOIN blobs b ON b.digest = m.digest"
-            " WHERE m.digest > ? AND (? IS NULL OR m.artifact_type = ?) ORDER BY m.digest LIMIT ?",
-            name,
-            subject,
-            subject.replace(":", "-"),
-            last,
-            artifact_type,
-            artifact_type,
-            limit,
+            f"SELECT repository_id, digest, length(d.descriptor),"
+            f" CASE WHEN length(d.descriptor) <= {4 * KIB} THEN d.descriptor END"
+            " FROM manifests m JOIN referrers d USING (repository_id, digest)"
+            " WHERE m.repository_id = (SELECT id FROM repositories WHERE name = ?) AND m.subject = ?"
+            f" AND m.digest > ?{' AND m.artifact_type = ?' if artifact_type else ''}"
+            " ORDER BY m.digest LIMIT ?",
+            *about,
+            REFERRER_PAGE_LIMIT + 1,
         )
-        return [Referrer(Descriptor(*row[:3]), row[3], row[4] or "{}") for row in rows]
+        page: list[tuple[str, bytes]] = []
+        room = REFERRER_PAGE_BYTES
+        for repository, digest, length, descriptor in rows[:REFERRER_PAGE_LIMIT]:
+            room -= length
+            if page and room < 0:
+                return page, True
+            sql = "SELECT descriptor FROM referrers WHERE repository_id = ? AND digest = ?"
+            found = [(descriptor,)] if descriptor else self.query(sql, repository, digest)  # it is long
+            page += [(digest, each) for (each,) in found]
+        return page, bool(page) and len(rows) > REFERRER_PAGE_LIMIT
 
 
 # === Maintenance ======================================================================================
@@ -2112,6 +2108,7 @@ class Grant(NamedTuple):
     who: str  # a user, * for every user, anonymous for everybody
     repositories: re.Pattern[str]
     actions: frozenset[str]
+    names: tuple[str, str]  # all that match come from the first on and before the second, in byte order
 
 
 def load_grants(path: str) -> list[Grant]:
@@ -2122,7 +2119,9 @@ def load_grants(path: str) -> list[Grant]:
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
         if not actions or not actions <= ACTIONS:
             raise ValueError(f"line {number} is not: who repositories pull,push,delete")
-        grants.append(Grant(fields[0], compile_glob(fields[1]), actions))
+        prefix, star, _ = fields[1].partition("*")
+        names = prefix, prefix + (AFTER_NAMES if star else "\0")
+        grants.append(Grant(fields[0], compile_glob(fields[1]), actions, names))
     return grants
 
 
@@ -2202,14 +2201,18 @@ class Access:
             return True
         if self._grants is None:
             return user is not None
-        return self._is_granted({"anonymous"} if user is None else {"anonymous", "*", user}, scope)
+        return any(grant.repositories.fullmatch(scope.name) for grant in self._granted(user, scope.action))
 
-    def _is_granted(self, who: set[str], scope: Scope) -> bool:
-        assert self._grants is not None
-        return any(
-            grant.who in who and scope.action in grant.actions and grant.repositories.fullmatch(scope.name)
-            for grant in self._grants.get()
-        )
+    def _granted(self, user: str | None, action: str) -> Iterator[Grant]:
+        who = ("anonymous",) if user is None else ("anonymous", "*", user)
+        grants = self._grants.get() if self._grants else []
+        return (grant for grant in grants if grant.who in who and action in grant.actions)
+
+    def readable_ranges(self, user: str | None) -> list[tuple[str, str]]:
+        """Where the names of all that a user may pull are: from the first name on and before the second."""
+        if not self.enabled or self._anonymous_pull or self._grants is None:
+            return [("", AFTER_NAMES)]
+        return [grant.names for grant in self._granted(user, "pull")]
 
     def admits_anonymous(self) -> bool:
         """Whether there is anything at all that anybody may do."""
@@ -2819,9 +2822,9 @@ class Reply(NamedTuple):
         return self.body.length if isinstance(self.body, FileRange) else len(self.body)
 
 
-def json_reply(document: object, *headers: tuple[str, str], content_type: str = JSON) -> Reply:
+def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
     """A 200 with a JSON document."""
-    return Reply(200, (("Content-Type", content_type), *headers), encode_json(document))
+    return Reply(200, (("Content-Type", JSON), *headers), encode_json(document))
 
 
 def parse_count(digits: str) -> int:
@@ -2849,10 +2852,29 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     return start, stop - start
 
 
-def matches_etag(condition: str, digest: str) -> bool:
-    """Whether an If-None-Match header names this content's entity tag."""
-    tags = [tag.strip() for tag in condition.split(",")]
-    return "*" in tags or any(tag.replace("W/", "", 1).strip('"') == digest for tag in tags)
+def matches_etag(condition: str, digest: str | None, *, weakly: bool) -> bool:
+    """Whether an If-Match or If-None-Match header names a content's entity tag; * names any but None.
+
+    weakly: whether a weak tag counts too (RFC 9110, 8.8.3.2).
+    """
+    if condition.strip() == "*" or digest is None:
+        return digest is not None
+    return any(tag == digest and (weakly or not weak) for weak, tag in ENTITY_TAG.findall(condition))
+
+
+def check_preconditions(request: Request, digest: str | None) -> bool:
+    """Whether the client says that it has already what is there (RFC 9110, 13); None: nothing is.
+
+    That is the content of the resource that the path names: a tag's manifest, or the one with a digest,
+    whatever tags a push is to give it. Raises PRECONDITION_FAILED if If-Match does not hold, or
+    If-None-Match for a request that would change something.
+    """
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
+    known = none_match is not None and matches_etag(none_match, digest, weakly=True)
+    writes = request.method not in ("GET", "HEAD")
+    if (known and writes) or (match is not None and not matches_etag(match, digest, weakly=False)):
+        raise RegistryError(ErrorCode.PRECONDITION_FAILED, digest or "nothing")
+    return known
 
 
 def page_size(request: Request, limit: int) -> int:
@@ -2880,9 +2902,12 @@ def version_get(request: Request) -> Reply:
 
 
 def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> Reply:
-    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it."""
+    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it.
+
+    Raises PRECONDITION_FAILED.
+    """
     headers = [("Docker-Content-Digest", content.digest), ("ETag", f'"{content.digest}"')]
-    if "if-none-match" in request.headers and matches_etag(request.headers["if-none-match"], content.digest):
+    if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
     part = requested_range(request, content)
@@ -2952,7 +2977,7 @@ def mount_blob(request: Request, name: str, digest: str) -> bool:
     Whose token it is decides about the source: clients ask for one that is good for the target only.
     """
     source = request.parameter("from")
-    sources = request.store.repositories_with(digest) if source is None else [source]
+    sources = request.store.repositories_with(digest, MOUNT_LIMIT) if source is None else [source]
     return any(
         request.may_pull(candidate) and request.store.mount(name, digest, candidate) for candidate in sources
     )
@@ -3054,13 +3079,12 @@ def manifest_put(request: Request, name: str, reference: str) -> Reply:
     content = request.body.read(MANIFEST_LIMIT, ErrorCode.MANIFEST_TOO_LARGE)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     manifest = parse_manifest(content, content_type)
-    by_digest = is_digest(reference)
-    digest = reference if by_digest else digest_of(content)
-    tags = tag_parameters(request) if by_digest else [reference]
-    request.store.put_manifest(name, manifest, content, digest, tags)
+    tags = tag_parameters(request) if is_digest(reference) else []
+    check = functools.partial(check_preconditions, request)
+    digest = request.store.put_manifest(name, reference, manifest, content, tags=tags, check=check)
     headers = [("Location", f"/v2/{name}/manifests/{digest}"), ("Docker-Content-Digest", digest)]
     headers += [("OCI-Subject", manifest.subject)] if manifest.subject else []
-    headers += [("OCI-Tag", tag) for tag in tags if by_digest]
+    headers += [("OCI-Tag", tag) for tag in tags]
     return Reply(201, headers)
 
 
@@ -3078,10 +3102,7 @@ def tag_parameters(request: Request) -> list[str]:
 def manifest_delete(request: Request, name: str, reference: str) -> Reply:
     """Remove a tag, or a manifest with its tags (end-9)."""
     reference = check_reference(reference, ErrorCode.MANIFEST_UNKNOWN)
-    if is_digest(reference):
-        request.store.delete_manifest(name, reference)
-    else:
-        request.store.delete_tag(name, reference)
+    request.store.delete_manifest(name, reference, functools.partial(check_preconditions, request))
     return Reply(202)
 
 
@@ -3090,8 +3111,8 @@ def listing_reply(
 ) -> Reply:
     """One page of names, and a link to the next. fetch takes a name and how many are wanted after it."""
     size = page_size(request, PAGE_LIMIT)
-    names = fetch(request.parameter("last") or "", size + 1)
-    more = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size > 0 else []
+    names = fetch(request.parameter("last") or "", size + 1 if size else 0)
+    more = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
     return json_reply({**document, member: names[:size]}, *more)
 
 
@@ -3106,60 +3127,28 @@ def repository_list(request: Request) -> Reply:
 
 
 def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
-    """Up to so many repositories after one that the caller may pull."""
+    """Up to so many repositories after one that the caller may pull, looked for where grants say they are."""
     readable: list[str] = []
-    while len(readable) < limit:
-        names = request.store.repositories(last, limit)
-        readable += [name for name in names if request.may_pull(name)]
-        if len(names) < limit:
-            break
-        last = names[-1]
+    first, step = f"{last}\0", limit
+    for start, end in sorted(request.context.access.readable_ranges(request.caller.user)):
+        first = max(first, start)
+        while first < end and len(readable) < limit:
+            names = request.store.repositories(first, end, step)
+            readable += filter(request.may_pull, names)
+            first = f"{names[-1]}\0" if len(names) == step else end
+            step = max(limit, LISTING_STEP)
     return readable[:limit]
 
 
 def referrer_list(request: Request, name: str, digest: str) -> Reply:
     """List what refers to a manifest (end-12a, end-12b)."""
     subject, artifact_type = parse_digest(digest), request.parameter("artifactType") or None
-    fetch = functools.partial(request.store.referrers, name, subject, artifact_type)
-    page, more = referrer_page(fetch, request.parameter("last") or "")
-    headers = [("OCI-Filters-Applied", "artifactType")] if artifact_type else []
-    if more:
-        headers.append(page_link(request.path, artifactType=artifact_type, last=page[-1]["digest"]))
-    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": page}
-    return json_reply(index, *headers, content_type=OCI_INDEX)
-
-
-def referrer_page(
-    fetch: Callable[[str, int], list[Referrer]], last: str
-) -> tuple[list[dict[str, Any]], bool]:
-    """Descriptors for as many referrers as fit into one page, at least one, and whether there may be more.
-
-    fetch takes a digest and how many are wanted after it: a few at a time, since annotations may be long.
-    """
-    page: list[dict[str, Any]] = []
-    room = REFERRER_PAGE_BYTES
-    while len(page) < REFERRER_PAGE_LIMIT:
-        referrers = fetch(last, REFERRER_BATCH)
-        for referrer in referrers:
-            room -= len(referrer.annotations)
-            if room < 0 and page:
-                return page, True
-            page.append(describe_referrer(referrer))
-        if len(referrers) < REFERRER_BATCH:
-            return page, False
-        last = page[-1]["digest"]
-    return page, True
-
-
-def describe_referrer(referrer: Referrer) -> dict[str, Any]:
-    """A referrer's descriptor (specification, "Listing Referrers")."""
-    (media_type, digest, size), artifact_type, annotations = referrer
-    descriptor: dict[str, Any] = {"mediaType": media_type, "digest": digest, "size": size}
-    if artifact_type:
-        descriptor["artifactType"] = artifact_type
-    if annotations != "{}":
-        descriptor["annotations"] = json.loads(annotations)
-    return descriptor
+    page, more = request.store.referrers(name, subject, artifact_type, request.parameter("last") or "")
+    headers = [("Content-Type", OCI_INDEX)]
+    headers += [("OCI-Filters-Applied", "artifactType")] if artifact_type else []
+    headers += [page_link(request.path, artifactType=artifact_type, last=page[-1][0])] if more else []
+    index = b'{"schemaVersion":2,"mediaType":"%b","manifests":[%b]}\n'
+    return Reply(200, headers, index % (OCI_INDEX.encode(), b",".join(descriptor for _, descriptor in page)))
 
 
 def token_get(request: Request) -> Reply:

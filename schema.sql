@@ -2,7 +2,21 @@
 -- digest; these rows say which repository may serve which of them, and hold
 -- everything that a listing needs, so that no listing opens a file.
 --
--- Every statement may be run again on a database that has it already.
+-- The three sections run in one transaction, with foreign keys not enforced:
+-- the second alone on a new database, all of them on one of format 1.
+
+-- === Upgrading from format 1, before the tables are made
+
+DROP TRIGGER blob_dropped;
+DROP TRIGGER blob_stored;
+DROP TRIGGER tag_removed;
+DROP TRIGGER tag_moved;
+ALTER TABLE repository_blobs RENAME COLUMN told_at TO leased_at;
+CREATE TABLE format_1_manifests AS SELECT * FROM manifests;
+DROP TABLE manifests;
+DROP TABLE uploads;
+
+-- === The tables
 
 CREATE TABLE IF NOT EXISTS repositories (
     id   INTEGER PRIMARY KEY AUTOINCREMENT, -- never given again: who comes late hits nobody else
@@ -35,7 +49,7 @@ END;
 CREATE TABLE IF NOT EXISTS repository_blobs (
     repository_id INTEGER NOT NULL REFERENCES repositories (id),
     digest        TEXT NOT NULL REFERENCES blobs (digest),
-    leased_at       INTEGER NOT NULL, -- when a client last pushed it, was told that it is here, or untagged it
+    leased_at     INTEGER NOT NULL, -- when a client last pushed it, was told that it is here, or untagged it
     needed_by     INTEGER NOT NULL DEFAULT 0, -- manifests of the repository that reference it
     PRIMARY KEY (repository_id, digest)
 ) WITHOUT ROWID;
@@ -54,14 +68,20 @@ CREATE TRIGGER IF NOT EXISTS blob_unlinked AFTER DELETE ON repository_blobs BEGI
         AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = OLD.repository_id);
 END;
 
--- A manifest is a linked blob that was pushed as a manifest.
+-- What a repository has, by the repository's name.
+CREATE VIEW IF NOT EXISTS contents AS
+    SELECT r.name AS repository, r.id AS repository_id, l.digest, b.size, l.leased_at, l.needed_by
+    FROM repositories r JOIN repository_blobs l ON l.repository_id = r.id JOIN blobs b ON b.digest = l.digest;
+
+-- A manifest is a linked blob that was pushed as a manifest. SQLite reads the
+-- whole of each row that it compares on its way to another, so long values
+-- have no place here.
 CREATE TABLE IF NOT EXISTS manifests (
     repository_id INTEGER NOT NULL,
     digest        TEXT NOT NULL,
     media_type    TEXT NOT NULL,
     artifact_type TEXT,
     subject       TEXT,
-    annotations   TEXT, -- a JSON object
     pushed_at     INTEGER NOT NULL,
     pulled_at     INTEGER NOT NULL, -- or pushed, if that was later
     PRIMARY KEY (repository_id, digest),
@@ -70,6 +90,19 @@ CREATE TABLE IF NOT EXISTS manifests (
 
 CREATE INDEX IF NOT EXISTS manifests_by_subject
     ON manifests (repository_id, subject, digest) WHERE subject IS NOT NULL;
+
+CREATE INDEX IF NOT EXISTS manifests_by_artifact_type
+    ON manifests (repository_id, subject, artifact_type, digest) WHERE subject IS NOT NULL;
+
+-- How each manifest that has a subject is listed: a descriptor, in JSON. Its
+-- annotations may be long; the length of a BLOB is known without reading it.
+CREATE TABLE IF NOT EXISTS referrers (
+    repository_id INTEGER NOT NULL,
+    digest        TEXT NOT NULL,
+    descriptor    BLOB NOT NULL,
+    PRIMARY KEY (repository_id, digest),
+    FOREIGN KEY (repository_id, digest) REFERENCES manifests ON DELETE CASCADE
+);
 
 -- What a manifest needs: itself, and its config and layers or an index's
 -- children. A child need not be there, so it is no foreign key.
@@ -123,4 +156,21 @@ CREATE TRIGGER IF NOT EXISTS tag_moved AFTER UPDATE OF digest ON tags WHEN NEW.d
     WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
 END;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
+
+-- === Upgrading from format 1, after the tables are made
+
+INSERT INTO manifests
+    SELECT repository_id, digest, media_type, artifact_type, subject, pushed_at, pulled_at
+    FROM format_1_manifests;
+
+INSERT INTO referrers
+    SELECT m.repository_id, m.digest, CAST(
+        '{"mediaType":"' || m.media_type || '","digest":"' || m.digest || '","size":' || b.size
+        || ifnull(',"artifactType":"' || replace(replace(m.artifact_type, '\', '\\'), '"', '\"') || '"', '')
+        || ifnull(',"annotations":' || m.annotations, '') || '}' AS BLOB)
+    FROM format_1_manifests m JOIN blobs b ON b.digest = m.digest WHERE m.subject IS NOT NULL;
+
+DROP TABLE format_1_manifests;
+INSERT INTO pending_deletes SELECT digest FROM doomed;
+DROP TABLE doomed;

@@ -5,14 +5,17 @@
 
 A store is filled through SQL, with empty files for its blobs, to one size after another; at each, a server is
 started on it and asked. Printed as Markdown tables, and drawn into DIRECTORY/growth.svg (a temporary one
-by default). Times in milliseconds are medians as a client sees them, its own share included. Linux only.
+by default). Times in milliseconds are medians as a client sees them, its own share included. What is not
+to grow at all fails when it more than doubles. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
+import json
 import math
 import os
 import random
@@ -43,6 +46,12 @@ class Series(NamedTuple):
     title: str
     sizes: list[int]
     figures: dict[str, list[float]]  # by what was measured, in the order of the sizes
+    bounded: bool = False  # whether none of them is to grow
+
+    def excess(self) -> list[str]:
+        """What grew that was not to."""
+        figures = self.figures.items() if self.bounded else ()
+        return [f"{self.title}: {name}" for name, values in figures if values[-1] > 2 * values[0]]
 
 
 def digest_number(number: int) -> str:
@@ -61,10 +70,13 @@ def size_number(number: int) -> int:
 class Grower:
     """A data directory that grows while no server has it, and the server on it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
+        """options: more of them for the server."""
         self.source = directory / "source"
         self.server: Server = next(bench.our_servers(self.source))
         self.server.has_tls = False
+        commands = self.server.commands
+        self.server.commands = lambda *where: [[*commands(*where)[0], *options]]
         self.server.root = Path(tempfile.mkdtemp(dir=directory))
         self.data = self.server.root / "data"
         self.image: Image = bench.make_image(2, 2048)
@@ -104,15 +116,26 @@ class Grower:
             rows = ((repository, f"v{number:07}", self.digest) for number in numbers)
             add_rows(db, "tags", ("repository_id", "name", "digest"), rows)
 
-    def add_repositories(self, numbers: range) -> None:
-        """Each serves the manifest's bytes as a blob."""
+    def add_repositories(self, numbers: range, digest: str = "") -> None:
+        """Each serves the manifest's bytes as a blob, or another blob."""
         with self.database() as db:
             add_rows(db, "repositories", ("id", "name"), ((None, f"many/r{n:07}") for n in numbers))
             added = db.execute(
                 "SELECT id FROM repositories WHERE name BETWEEN ? AND ?",
                 (f"many/r{numbers[0]:07}", f"many/r{numbers[-1]:07}"),
             ).fetchall()
-            add_rows(db, "repository_blobs", LINK, ((repository, self.digest) for (repository,) in added))
+            rows = ((repository, digest or self.digest) for (repository,) in added)
+            add_rows(db, "repository_blobs", LINK, rows)
+
+    def add_referrers(self, numbers: range, artifact_type: str, subject: str) -> None:
+        with self.database() as db:
+            repository, digests = self.repository(db, MANY), [digest_number(n) for n in numbers]
+            add_rows(db, "blobs", ("digest",), ((digest,) for digest in digests))
+            add_rows(db, "repository_blobs", LINK, ((repository, digest) for digest in digests))
+            columns = ("repository_id", "digest", "artifact_type", "subject")
+            rows = ((repository, digest, artifact_type, subject) for digest in digests)
+            add_rows(db, "manifests", columns, rows)
+            add_rows(db, "referrers", LINK, ((repository, digest) for digest in digests))
 
     def add_blobs(self, numbers: range) -> None:
         """The first ones have bytes, every hundredth is garbage, and a manifest needs the rest."""
@@ -147,15 +170,26 @@ def add_rows(
 # === Measuring ===
 
 
-def median_ms(client: Client, method: str, paths: Callable[[], str]) -> float:
-    """The median time of a request, in milliseconds."""
+def median_ms(
+    client: Client,
+    method: str,
+    paths: Callable[[], str],
+    *,
+    bodies: Callable[[], bytes] = bytes,
+    expect: int = 200,
+    share: float = 0.5,
+) -> float:
+    """The time, in milliseconds, that so large a share of the requests do not take: the median."""
     taken = []
     for _ in range(PROBES):
-        path = paths()
+        path, body = paths(), bodies()
         started = time.perf_counter()
-        client.require(method, path, expect=200)
+        client.require(method, path, body, expect=expect)
         taken.append((time.perf_counter() - started) * 1000)
-    return statistics.median(taken)
+    return sorted(taken)[int(share * PROBES)]
+
+
+undisturbed_ms = functools.partial(median_ms, share=0.1)  # by other work on the machine
 
 
 def median_start(grower: Grower) -> float:
@@ -167,9 +201,11 @@ def median_start(grower: Grower) -> float:
     return statistics.median(taken)
 
 
-def collect(title: str, sizes: list[int], measure: Callable[[int, int], dict[str, float]]) -> Series:
+def collect(
+    title: str, sizes: list[int], measure: Callable[[int, int], dict[str, float]], *, bounded: bool = False
+) -> Series:
     """Grow and measure; the function gets the size before and the size to be."""
-    series, before = Series(title, sizes, {}), 0
+    series, before = Series(title, sizes, {}, bounded), 0
     for size in sizes:
         for name, value in measure(before, size).items():
             series.figures.setdefault(name, []).append(value)
@@ -240,6 +276,90 @@ def blobs(grower: Grower, sizes: list[int]) -> Series:
         return figures
 
     return collect("blobs", sizes, measure)
+
+
+def manifests(grower: Grower, sizes: list[int]) -> Series:
+    """Work beside forty manifests with so many bytes of annotations."""
+    anywhere, empty = bench.descriptor(b"anywhere"), bench.descriptor(b"{}")
+
+    def manifest(**more: Any) -> bytes:
+        about = {"schemaVersion": 2, "config": empty, "layers": [], "subject": anywhere}
+        return json.dumps({**about, "author": os.urandom(16).hex(), **more}).encode()
+
+    def measure(_before: int, size: int) -> dict[str, float]:
+        foreign = [{**anywhere, "digest": digest_number(n), "urls": ["x"]} for n in range(100)]
+        path = f"/v2/{GROWN}/manifests/latest"
+        with grower.running() as client:
+            for repository in (MANY, GROWN):
+                client.push_blob(repository, b"{}", empty["digest"])
+            for number in range(40):
+                large = manifest(annotations={"a": "x" * size})
+                client.push_manifest(MANY, f"large-{number}", large)
+
+            def push() -> str:
+                client.push_manifest(GROWN, "small", manifest(subject=None))
+                return path
+
+            return {
+                "GET manifest after a push": undisturbed_ms(client, "GET", push),
+                "PUT manifest": undisturbed_ms(
+                    client, "PUT", lambda: f"{path}-2", bodies=manifest, expect=201
+                ),
+                "PUT manifest of 100 foreign layers": undisturbed_ms(
+                    client, "PUT", lambda: f"{path}-3", bodies=lambda: manifest(layers=foreign), expect=201
+                ),
+            }
+
+    return collect("bytes in each of 40 manifests", sizes, measure, bounded=True)
+
+
+def referrers(grower: Grower, sizes: list[int]) -> Series:
+    """Pages among the referrers of one subject: of 1,000, and of the 100 of one type."""
+    subject, artifact = bench.descriptor(b"subject"), "application/x-artifact"
+    path = f"/v2/{MANY}/referrers/{subject['digest']}"
+    with grower.running() as client:
+        client.push_blob(MANY, b"{}", digest_of(b"{}"))
+        first = {"schemaVersion": 2, "config": bench.descriptor(b"{}"), "layers": [], "subject": subject}
+        client.push_manifest(MANY, "referrer", json.dumps(first).encode())
+    grower.add_referrers(range(10**7, 10**7 + 100), artifact, subject["digest"])
+
+    def measure(before: int, size: int) -> dict[str, float]:
+        grower.add_referrers(range(before, size), "application/x-other", subject["digest"])
+        with grower.running() as client:
+            return {
+                "a page of 1,000": undisturbed_ms(client, "GET", lambda: path),
+                "the 100 of one type": undisturbed_ms(
+                    client, "GET", lambda: f"{path}?artifactType={artifact}"
+                ),
+            }
+
+    return collect("referrers", sizes, measure, bounded=True)
+
+
+def grants(grower: Grower, sizes: list[int]) -> Series:
+    """What a caller asks for who may do nothing in so many repositories, and anything in a hundred."""
+    blob = os.urandom(16)
+    mount = f"/v2/mine/r1/blobs/uploads/?mount={digest_of(blob)}"
+    with grower.running() as client:
+        for number in range(100):
+            client.push_blob(f"mine/r{number}", b"{}", digest_of(b"{}"))
+
+    def measure(before: int, size: int) -> dict[str, float]:
+        if not before:
+            with grower.database() as db:
+                add_rows(db, "blobs", ("digest", "size"), [(digest_of(blob), 16)])
+        grower.add_repositories(range(before, size), digest_of(blob))
+        with grower.running() as client:
+            page = "/v2/_catalog?n="
+            return {
+                "n=0": undisturbed_ms(client, "GET", lambda: f"{page}0"),
+                "first page of 100": undisturbed_ms(
+                    client, "GET", lambda: f"{page}100&last={random.random()}"
+                ),
+                "mount from anywhere": undisturbed_ms(client, "POST", lambda: mount, expect=202),
+            }
+
+    return collect("repositories that the caller may not pull", sizes, measure, bounded=True)
 
 
 def clients(grower: Grower, sizes: list[int], seconds: int) -> Series:
@@ -340,6 +460,17 @@ def run(directory: Path, *, quick: bool) -> list[Series]:
         grower = Grower(directory)
         measured.append(work(grower, sizes))
         shutil.rmtree(grower.server.root)
+    (directory / "users").write_text("")
+    (directory / "grants").write_text("anonymous mine/** pull,push\nanonymous growth/** pull,push\n")
+    rights = ("--users", str(directory / "users"), "--grants", str(directory / "grants"))
+    for work, sizes, options in (
+        (manifests, [4 * 10**3, 4 * 10 ** (6 - less)], ()),
+        (referrers, [10**3, 10 ** (6 - less)], ()),
+        (grants, [10**3, 10 ** (6 - less)], rights),
+    ):
+        grower = Grower(directory, "--no-sync", *options)
+        measured.append(work(grower, sizes))
+        shutil.rmtree(grower.server.root)
     if program("wrk"):
         crowd = [1, 4, 16, 64, 256]
         measured.append(clients(Grower(directory), crowd, 1 if quick else 3))
@@ -363,7 +494,10 @@ def main() -> int:
     target.mkdir(parents=True, exist_ok=True)
     (target / "growth.svg").write_text(picture(measured))
     print(f"Drawn in {target / 'growth.svg'}")
-    return 0
+    excess = [line for series in measured for line in series.excess()]
+    for line in excess:
+        print(f"more than doubled: {line}")
+    return bool(excess)
 
 
 if __name__ == "__main__":

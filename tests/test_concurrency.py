@@ -17,6 +17,7 @@ import registry
 from registry import Registry
 from tests.support import (
     OCI_CONFIG,
+    OCI_INDEX,
     OCI_MANIFEST,
     Client,
     Daemon,
@@ -121,6 +122,19 @@ class PushTest(ConcurrencyTestCase):
         self.assertEqual(self.client.get("tags/list").json["tags"], [])
         for content in image.blobs:
             self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
+
+    def test_one_of_many_creates_a_tag(self) -> None:
+        with Registry(data=str(self.data.path)) as other:
+            clients = [self.client, Client(other.netloc, self.client.repository)] * (PUSHERS // 2)
+            for number in range(ROUNDS):
+                create = {"Content-Type": OCI_INDEX, "If-None-Match": "*"}
+                bodies = [encode(image_index([], annotations={"n": unique().decode()})) for _ in clients]
+                path = f"manifests/new-{number}"
+                puts = [functools.partial(c.put, path, body, create) for c, body in zip(clients, bodies)]
+                responses = run_at_once(*puts)
+                statuses = [response.status for response in responses]
+                self.assertEqual(sorted(statuses), [201] + [412] * (len(clients) - 1))
+                self.assertEqual(self.client.get(path).body, bodies[statuses.index(201)])
 
     def test_referrers_of_one_subject(self) -> None:
         self.client.push_blob(b"{}")

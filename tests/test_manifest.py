@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any, ClassVar
 
+from registry import Registry
 from tests.support import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -15,6 +16,7 @@ from tests.support import (
     OCI_INDEX,
     OCI_LAYER,
     OCI_MANIFEST,
+    Client,
     RegistryTestCase,
     Response,
     descriptor,
@@ -294,6 +296,133 @@ class MediaTypeTest(ManifestTestCase):
                 response = self.client.put("manifests/odd", body, {"Content-Type": kind})
                 self.assert_status(response, 201, 400)
                 self.assert_status(self.client.get("manifests/odd"), 200, 404)
+
+    def test_types_have_at_most_255_characters(self) -> None:
+        for length, status in ((255, 201), (256, 400), (MEBIBYTE, 400)):
+            kind = "a/" + "b" * (length - 2)
+            for name, manifest in {
+                "artifactType": self.manifest(artifactType=kind),
+                "artifactType of an index": image_index([], artifactType=kind),
+                "mediaType": self.manifest(mediaType=kind),
+                "config's mediaType": self.manifest(config=descriptor(self.CONFIG, kind)),
+            }.items():
+                with self.subTest(name, length=length):
+                    response = self.client.put("manifests/tag", encode(manifest))
+                    self.assert_status(response, status)
+                    if status == 400:
+                        self.assert_error(response, 400, "MANIFEST_INVALID")
+                        self.assertLess(len(response.body), 2000)
+                        self.assert_no_blob(self.client, digest_of(encode(manifest)))
+            with self.subTest("Content-Type", length=length):
+                if length < 60_000:  # or the head is too large
+                    body = encode(self.manifest(mediaType=None))
+                    self.assert_status(self.client.put("manifests/tag", body, {"Content-Type": kind}), status)
+
+
+class PreconditionTest(ManifestTestCase):
+    """If-Match and If-None-Match (RFC 9110, 13) on what changes and what reads manifests."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.old, self.new = encode(self.manifest()), encode(self.manifest(annotations={"n": "2"}))
+        self.etag, self.new_etag = f'"{digest_of(self.old)}"', f'"{digest_of(self.new)}"'
+
+    def put_if(self, condition: dict, reference: str = "tag", body: bytes = b"", query: str = "") -> Response:
+        headers = {"Content-Type": OCI_MANIFEST, **condition}
+        return self.client.put(f"manifests/{reference}{query}", body or self.new, headers)
+
+    def assert_failed(self, response: Response) -> None:
+        self.assert_error(response, 412, "DENIED")
+
+    def test_a_tag_is_moved_only_from_where_the_client_saw_it(self) -> None:
+        self.client.push_manifest(self.old, "tag")
+        for condition in (self.new_etag, f"W/{self.etag}", "", '"*"', digest_of(self.old)):
+            with self.subTest(condition):
+                self.assert_failed(self.put_if({"If-Match": condition}))
+                self.assert_served("tag", self.old, OCI_MANIFEST)
+                self.assert_no_blob(self.client, digest_of(self.new))
+        self.assert_status(self.put_if({"If-Match": f'"other", {self.etag}'}), 201)
+        self.assert_served("tag", self.new, OCI_MANIFEST)
+        self.assert_failed(self.put_if({"If-Match": self.etag}, body=self.old))
+        self.assert_status(self.put_if({"If-Match": "*"}, body=self.old), 201)
+        self.assert_served("tag", self.old, OCI_MANIFEST)
+
+    def test_a_tag_that_is_absent_matches_nothing(self) -> None:
+        for condition in ("*", self.etag, self.new_etag):
+            with self.subTest(condition):
+                self.assert_failed(self.put_if({"If-Match": condition}))
+        self.assert_nothing_stored(self.new)
+
+    def test_a_tag_is_created_and_not_moved(self) -> None:
+        create = {"If-None-Match": "*"}
+        self.assert_status(self.put_if(create, body=self.old), 201)
+        for body in (self.new, self.old):
+            self.assert_failed(self.put_if(create, body=body))
+        self.assert_served("tag", self.old, OCI_MANIFEST)
+        self.assert_no_blob(self.client, digest_of(self.new))
+        self.assert_status(self.put_if(create, "other"), 201)
+
+    def test_a_tag_is_not_moved_from_what_the_client_rules_out(self) -> None:
+        self.client.push_manifest(self.old, "tag")
+        for condition in (self.etag, f"W/{self.etag}", f'"other" , {self.etag}'):
+            with self.subTest(condition):
+                self.assert_failed(self.put_if({"If-None-Match": condition}))
+        self.assert_status(self.put_if({"If-None-Match": self.new_etag}), 201)
+
+    def test_by_digest_the_conditions_are_about_the_digest_and_no_tag(self) -> None:
+        self.client.push_manifest(self.old, "tag")
+        digest = digest_of(self.new)
+        self.assert_failed(self.put_if({"If-Match": "*"}, digest, query="?tag=tag"))
+        self.assert_served("tag", self.old, OCI_MANIFEST)
+        self.assert_no_blob(self.client, digest)
+        self.assert_status(self.put_if({"If-None-Match": "*"}, digest, query="?tag=tag"), 201)
+        self.assert_served("tag", self.new, OCI_MANIFEST)
+        self.assert_failed(self.put_if({"If-None-Match": "*"}, digest))
+        self.assert_status(self.put_if({"If-Match": self.new_etag}, digest), 201)
+
+    def test_what_is_refused_anyway_is_refused_for_its_own_reason(self) -> None:
+        missing = encode(self.manifest(config=descriptor(b"missing")))
+        condition = {"If-Match": "*"}
+        self.assert_error(self.put_if(condition, body=missing), 400, "MANIFEST_BLOB_UNKNOWN")
+        self.assert_error(self.put_if(condition, body=b"{}"), 400, "MANIFEST_INVALID")
+        self.assert_error(self.put_if(condition, digest_of(b"other")), 400, "DIGEST_INVALID")
+        for reference in ("absent", digest_of(b"absent")):
+            for method in ("GET", "DELETE"):
+                response = self.client.request(method, f"manifests/{reference}", headers=condition)
+                self.assert_error(response, 404, "MANIFEST_UNKNOWN")
+
+    def test_only_what_the_client_saw_is_deleted(self) -> None:
+        digest = digest_of(self.old)
+        for reference in ("tag", digest):
+            self.client.push_manifest(self.old, "tag")
+            path = f"manifests/{reference}"
+            for condition in (
+                {"If-Match": self.new_etag},
+                {"If-None-Match": "*"},
+                {"If-None-Match": self.etag},
+            ):
+                with self.subTest(reference, **condition):
+                    self.assert_failed(self.client.request("DELETE", path, headers=condition))
+                    self.assert_served("tag", self.old, OCI_MANIFEST)
+            self.client.expect(202, "DELETE", path, headers={"If-Match": self.etag})
+            self.assert_status(self.client.get(path), 404)
+
+    def test_only_what_the_client_saw_is_served(self) -> None:
+        self.client.push_manifest(self.old, "tag")
+        for reference in ("tag", digest_of(self.old)):
+            for method in ("GET", "HEAD"):
+                for condition, status in (
+                    ({"If-Match": self.etag}, 200),
+                    ({"If-Match": "*"}, 200),
+                    ({"If-Match": self.new_etag}, 412),
+                    ({"If-Match": f"W/{self.etag}"}, 412),
+                    ({"If-Match": self.etag, "If-None-Match": self.etag}, 304),
+                    ({"If-Match": self.new_etag, "If-None-Match": self.etag}, 412),
+                    ({"If-Match": self.new_etag, "Range": "bytes=0-1"}, 412),
+                ):
+                    with self.subTest(reference, method=method, **condition):
+                        path = f"manifests/{reference}"
+                        self.assert_status(self.client.request(method, path, headers=condition), status)
 
 
 class RefusalTest(ManifestTestCase):
@@ -640,6 +769,19 @@ class SparseTest(ManifestTestCase):
         self.client.push_manifest(child)
         self.assert_error(self.client.delete(f"blobs/{digest_of(layer)}"), 405, "DENIED")
         self.assert_error(self.client.delete(f"manifests/{digest_of(encode(child))}"), 405, "DENIED")
+
+    def test_what_was_taken_without_its_parts_is_not_taken_so_by_others(self) -> None:
+        layer = unique()
+        manifest = self.manifest(layers=[descriptor(layer)])
+        self.client.push_manifest(manifest, "tag")
+        with Registry(data=str(self.data.path), sync=False) as strict:
+            client = Client(strict.netloc, self.client.repository)
+            self.assert_error(client.put_manifest(manifest, "other"), 400, "MANIFEST_BLOB_UNKNOWN")
+            client.push_blob(layer)
+            client.push_manifest(manifest, "other")
+        self.client.push_manifest(manifest, "tag")
+        row = "SELECT required FROM manifest_references WHERE child = ?"
+        self.assertEqual(self.data.rows(row, digest_of(layer)), [(1,)])
 
     def test_a_malformed_manifest_is_refused_all_the_same(self) -> None:
         manifest = self.manifest(layers=[{**descriptor(b"absent"), "size": -1}])

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from tests.support import (
     MALFORMED_DIGESTS,
+    MEBIBYTE,
     OCI_CONFIG,
     OCI_EMPTY,
     OCI_INDEX,
@@ -186,15 +187,12 @@ class FallbackTest(ReferrerTestCase):
     def tag_index(self, entries: list[dict]) -> None:
         self.client.push_manifest(image_index(entries), self.subject.digest.replace(":", "-"))
 
-    def test_what_such_an_index_lists_is_listed(self) -> None:
-        manifest = image_manifest(EMPTY, annotations={"pushed by": "an old client"})
-        self.client.push_manifest(manifest)
-        entry = descriptor(encode(manifest), OCI_MANIFEST, artifactType=SBOM)
-        self.tag_index([entry])
-        listed = self.referrers()
-        self.assertEqual([each["digest"] for each in listed], [entry["digest"]])
-        self.assertEqual(listed[0]["mediaType"], OCI_MANIFEST)
-        self.assertEqual(listed[0]["size"], entry["size"])
+    def test_such_an_index_adds_nothing_that_has_no_subject(self) -> None:
+        pushed = self.push(image_manifest(EMPTY, annotations={"pushed by": "an old client"}))
+        stray = image_manifest(EMPTY, annotations={"refers to": "nothing"})
+        self.client.push_manifest(stray)
+        self.tag_index([pushed, descriptor(encode(stray), OCI_MANIFEST, artifactType=SBOM)])
+        self.assertEqual(self.digests(), [pushed["digest"]])
 
     def test_what_is_listed_both_ways_is_listed_once(self) -> None:
         both = self.push(image_manifest(EMPTY, artifactType=SBOM))
@@ -256,3 +254,26 @@ class PagingTest(ReferrerTestCase):
         for kind, expected in pushed.items():
             digests = self.all_pages(f"?artifactType={quote(kind, safe='')}")
             self.assertEqual(sorted(digests), sorted(expected))
+
+    def test_a_page_is_bounded_by_its_whole_length(self) -> None:
+        """Three mebibytes, or one descriptor that is longer."""
+        for name, count, length, artifact_type in (
+            ("long annotations", 8, 1_000_000, SBOM),
+            ("one on each page", 2, 3_500_000, SBOM),
+            ("long types", 160, 17_000, "\U0001f600" * 255),
+        ):
+            with self.subTest(name):
+                subject = descriptor(name.encode(), OCI_MANIFEST)
+                for number in range(count):
+                    annotations = {"a": "x" * length, "n": str(number)}
+                    manifest = image_manifest(EMPTY, annotations=annotations, artifactType=artifact_type)
+                    self.push(manifest, subject=subject)
+                path, found = f"referrers/{subject['digest']}", 0
+                while path:
+                    response = self.client.expect(200, "GET", path)
+                    listed = response.json["manifests"]
+                    self.assertTrue(len(response.body) < 3 * MEBIBYTE + 500 or len(listed) == 1)
+                    self.assertGreater(len(listed), 0)
+                    found += len(listed)
+                    path = next_page(response) or ""
+                self.assertEqual(found, count)

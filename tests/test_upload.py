@@ -661,7 +661,7 @@ class FailedCommitTest(UploadTestCase):
         failing = mock.patch.object(self.registry.store, "transaction", side_effect=locked)
         with failing, contextlib.redirect_stderr(io.StringIO()):
             response = self.client.put(with_digest(location, digest_of(content)), content)
-        self.assert_error(response, 500)
+        self.assert_error(response, 503)
 
     def test_a_put_that_is_tried_again_does_not_write_to_a_blob(self) -> None:
         content = unique()

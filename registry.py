@@ -28,7 +28,7 @@ The sections, each of which uses only those above it:
     Files           the content-addressed directory and the files under upload; knows no SQL
     Store           files and SQLite together; knows no HTTP
     Maintenance     garbage collection, and verifying what is stored
-    Access          users, grants, tokens and certificates; knows no HTTP either
+    Access          users, grants, tokens and the certificate; knows no HTTP either
     Messages        requests and replies: heads, bodies, ranges, pages
     Handlers        one function per operation
     Routes          one table: method, path, handler
@@ -146,6 +146,7 @@ TOKEN_LIFETIME = 300  # seconds
 PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
 FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
 FAILURE_INTERVAL = 60.0  # seconds after which failures are forgotten
+USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
@@ -1992,7 +1993,29 @@ def _unbase64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
+@functools.lru_cache(maxsize=1)
+def system_crypt() -> Callable[[str, str], str] | None:
+    """The system's crypt(3) where there is one that knows bcrypt."""
+    import ctypes  # noqa: PLC0415 - rarely needed, and missing from some builds of Python
+
+    lock = threading.Lock()  # what crypt returns is in static memory
+
+    def crypt(password: str, setting: str) -> str:
+        with lock:
+            return str((compute(password.encode(), setting.encode()) or b"*").decode("latin-1"))
+
+    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
+        try:
+            compute: Any = ctypes.CDLL(library).crypt
+        except (OSError, AttributeError):
+            continue
+        compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
+        return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
+    return None
+
+
 SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+BCRYPT_HASH = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")  # more would take 8 seconds
 
 
 def password_check(hashed: str) -> Callable[[str], bool]:
@@ -2005,65 +2028,14 @@ def password_check(hashed: str) -> Callable[[str], bool]:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
         _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
         return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
-    compute = _htpasswd_hash(hashed)
-    return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
+    if BCRYPT_HASH.fullmatch(hashed) and (crypt := system_crypt()):
+        return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
+    raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
 def check_dummy(password: str) -> bool:
     """The check for a user who does not exist: it takes as long as one for a user who does."""
     return not _scrypt(password, b"", SCRYPT_LN, 8, 1)
-
-
-def _htpasswd_hash(hashed: str) -> Callable[[str], str]:
-    """What hashes a password the way this hash of htpasswd's or crypt's was made."""
-    if hashed.startswith("{SHA}"):
-        return lambda password: "{SHA}" + _base64(hashlib.sha1(password.encode()).digest()) + "="
-    if hashed.startswith("$apr1$"):
-        salt = hashed.split("$")[2]
-        return lambda password: f"$apr1${salt}${apr1(password.encode(), salt.encode())}"
-    crypt = system_crypt()
-    if hashed.startswith("$") and crypt and (crypt("", hashed) or "*").startswith(hashed[:4]):
-        return lambda password: crypt(password, hashed)
-    raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
-
-
-def apr1(password: bytes, salt: bytes) -> str:
-    """Apache's variant of the MD5 crypt, as htpasswd -m makes it: 1,000 rounds of it."""
-    length = len(password)
-    first = hashlib.md5(password + salt + password).digest()
-    start = password + b"$apr1$" + salt + (first * (length // 16 + 1))[:length]
-    start += b"".join(b"\0" if length >> bit & 1 else password[:1] for bit in range(length.bit_length()))
-    value = hashlib.md5(start).digest()
-    for number in range(1000):
-        parts = [value, salt * (number % 3 > 0), password * (number % 7 > 0), password]
-        if number % 2:
-            parts[0], parts[3] = password, value
-        value = hashlib.md5(b"".join(parts)).digest()
-    groups = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5))
-    words = [(value[a] << 16 | value[b] << 8 | value[c], 4) for a, b, c in groups] + [(value[11], 2)]
-    alphabet = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    return "".join(alphabet[word >> 6 * place & 63] for word, places in words for place in range(places))
-
-
-@functools.lru_cache(maxsize=1)
-def system_crypt() -> Callable[[str, str], str] | None:
-    """The system's crypt(3), which knows bcrypt on most systems; None where there is none."""
-    import ctypes  # noqa: PLC0415 - rarely needed, and missing from some builds of Python
-
-    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
-        try:
-            function = ctypes.CDLL(library).crypt
-        except (OSError, AttributeError):
-            continue
-        function.restype, function.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
-        return functools.partial(_crypt, function, threading.Lock())
-    return None
-
-
-def _crypt(function: Any, lock: threading.Lock, password: str, setting: str) -> str:
-    """What crypt(3) makes of a password, or something that is no hash. Its result is in static memory."""
-    with lock:
-        return str((function(password.encode(), setting.encode()) or b"*").decode("latin-1"))
 
 
 def load_users(path: str) -> dict[str, tuple[str, Callable[[str], bool]]]:
@@ -2146,15 +2118,10 @@ class Access:
         grants: str | None = None,
         *,
         anonymous_pull: bool = False,
-        certificates: bool = False,
         key: bytes = b"",
     ) -> None:
-        """users, grants: paths of files. certificates: clients may show one. key: signs tokens.
-
-        Raises StartupError.
-        """
-        self.enabled = users is not None or certificates
-        self._certificates = certificates
+        """users, grants: paths of files. key: signs tokens. Raises StartupError."""
+        self.enabled = users is not None
         if grants is not None and not self.enabled:
             raise StartupError("grants without users would let nobody in; give --users as well")
         self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
@@ -2197,14 +2164,11 @@ class Access:
         """Whether a caller may do something: a token must say so, and what it says must still hold."""
         return (caller.scopes is None or scope in caller.scopes) and self.permits(caller.user, scope)
 
-    def identify(self, authorization: str, address: str, certified: str | None) -> Caller:
-        """Who a request is from: its Authorization header, or its connection's client certificate.
-
-        Raises UNAUTHORIZED if the header is no good, TOOMANYREQUESTS after too many failures.
-        """
+    def identify(self, authorization: str, address: str) -> Caller:
+        """Who an Authorization header says a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         method, _, credentials = authorization.partition(" ")
         if not self.enabled or not authorization:
-            return Caller(certified)
+            return Caller(None)
         if method.lower() == "bearer":
             return self._check_token(credentials.strip())
         if method.lower() == "basic":
@@ -2216,6 +2180,8 @@ class Access:
 
         What was right is remembered for a while, as a keyed hash, since checking takes its time.
         """
+        if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         users = self._users.get() if self._users else {}
         hashed, check = users.get(name, ("", check_dummy))
         proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
@@ -2264,7 +2230,7 @@ class Access:
         if claims["aud"] != self.service or claims["exp"] <= time.time():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
         user = claims["sub"]
-        if self._users and not self._certificates and user is not None and user not in self._users.get():
+        if self._users and user is not None and user not in self._users.get():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
@@ -2335,19 +2301,16 @@ def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool =
 class TLS:
     """Certificates, read again when they change."""
 
-    def __init__(self, certificate: str, key: str | None = None, client_ca: str | None = None) -> None:
+    def __init__(self, certificate: str, key: str | None = None) -> None:
         """Paths of PEM files. Raises StartupError."""
-        self._certificate, self._key, self._client_ca = certificate, key, client_ca
-        paths = [path for path in (certificate, key, client_ca) if path]
+        self._certificate, self._key = certificate, key
+        paths = [path for path in (certificate, key) if path]
         self._context = WatchedFiles(paths, self._load)
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self._certificate, self._key)
-        if self._client_ca:
-            context.load_verify_locations(self._client_ca)
-            context.verify_mode = ssl.CERT_OPTIONAL
         return context
 
     def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
@@ -2355,13 +2318,6 @@ class TLS:
         return self._context.get().wrap_socket(
             connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
         )
-
-
-def certified_user(connection: socket.socket) -> str | None:
-    """The common name of the client's certificate, if it showed one that is trusted."""
-    certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
-    subject: Any = (certificate or {}).get("subject", ())
-    return next((value for part in subject for name, value in part if name == "commonName"), None)
 
 
 # === Messages =========================================================================================
@@ -2702,13 +2658,11 @@ class Context(NamedTuple):
 class Request:
     """One request as the handlers see it."""
 
-    def __init__(
-        self, context: Context, reader: SocketReader, address: str, certified: str | None = None
-    ) -> None:
-        """A request of which nothing is known yet but the client's address and certificate."""
+    def __init__(self, context: Context, reader: SocketReader, address: str) -> None:
+        """A request of which nothing is known yet but the client's address."""
         self.context = context
         self.store = context.store
-        self.address, self.certified = address, certified
+        self.address = address
         self.caller = Caller(None)
         self._reader = reader
         self.method = self.target = "-"
@@ -3201,7 +3155,7 @@ def identify(request: Request, challenge: Callable[[], str]) -> Caller:
     """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
     authorization = request.headers.get("authorization", "")
     try:
-        return request.context.access.identify(authorization, request.address, request.certified)
+        return request.context.access.identify(authorization, request.address)
     except RegistryError as error:
         raise with_challenge(error, challenge) from None
 
@@ -3389,7 +3343,6 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _shake_hands(self) -> None:
         """Begin TLS, if that is spoken here: in this thread, so that only it waits for a silent client."""
-        self.certified = None
         if self.server.tls is None:
             return
         try:
@@ -3398,7 +3351,6 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.do_handshake()
         except (OSError, ValueError) as error:
             raise ClientGone from error
-        self.certified = certified_user(self.request)
 
     def finish(self) -> None:
         """Called by socketserver after handle, also when that failed."""
@@ -3417,7 +3369,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not data:
             return False
         self.idle_since, started = 0.0, time.perf_counter()
-        request = Request(self.server.context, self.reader, self.client_address[0], self.certified)
+        request = Request(self.server.context, self.reader, self.client_address[0])
         reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
@@ -3677,7 +3629,6 @@ class Registry:
     public_url: str | None = None  # how clients reach it, if they do not say
     tls_cert: str | None = None  # paths of PEM files
     tls_key: str | None = None
-    tls_client_ca: str | None = None
     max_connections: int = MAX_CONNECTIONS
     log: Callable[[str], None] | None = None  # takes one line for each request
 
@@ -3738,9 +3689,9 @@ class Registry:
             ) from error
 
     def _check_options(self) -> None:
-        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
-            raise StartupError("a key or a CA for clients needs a certificate too; give --tls-cert")
-        if self.anonymous_pull and not (self.users or self.tls_client_ca):
+        if self.tls_key and not self.tls_cert:
+            raise StartupError("a key needs a certificate too; give --tls-cert")
+        if self.anonymous_pull and not self.users:
             raise StartupError(
                 "without users everybody may push as well; give --users, or leave anonymous pulls out"
             )
@@ -3750,7 +3701,7 @@ class Registry:
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
-            tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
+            tls = TLS(self.tls_cert, self.tls_key) if self.tls_cert else None
             context = Context(self.store, self._open_access(), self.public_url, secure=tls is not None)
             undo.pop_all()
         return Server(
@@ -3763,8 +3714,7 @@ class Registry:
         )
 
     def _open_access(self) -> Access:
-        certificates = self.tls_client_ca is not None
-        if self._token_key is None and (self.users or certificates):
+        if self._token_key is None and self.users:
             path = os.path.join(self.store.files.root, "token.key")
             try:
                 self._token_key = load_key(path, create=not self.read_only) or secrets.token_bytes(32)
@@ -3776,7 +3726,6 @@ class Registry:
             self.users,
             self.grants,
             anonymous_pull=self.anonymous_pull,
-            certificates=certificates,
             key=self._token_key or b"",
         )
 
@@ -3974,7 +3923,7 @@ def exposure_warnings(options: argparse.Namespace) -> list[str]:
     if options.host in ("localhost", "::1") or options.host.startswith("127."):
         return []
     warnings = []
-    if not (options.users or options.tls_client_ca or options.read_only):
+    if not (options.users or options.read_only):
         warnings.append("anybody who reaches this port can push, overwrite and delete images; see --users")
     if not options.tls_cert:
         warnings.append("passwords and images can be read and changed on their way; see --tls-cert")
@@ -4207,8 +4156,6 @@ SERVE_OPTIONS = (
     ("--public-url", "how clients reach this registry, if a proxy does not say", {"metavar": "URL"}),
     ("--tls-cert", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
     ("--tls-key", "its private key, if that is in another file", {"metavar": "FILE"}),
-    ("--tls-client-ca", "let clients in whose certificate this CA has signed; its name is the user",
-        {"metavar": "FILE"}),
     ("--quiet", "no access log on standard error", {"action": "store_true"}),
 )
 COMMANDS = (

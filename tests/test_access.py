@@ -715,18 +715,9 @@ class TokenTest(AccessTestCase):
 
 # === Users ===
 
-KNOWN_HASHES = (  # made with openssl passwd -apr1, and published test vectors
-    ("secret", "$apr1$0123abcd$rX764cjRkAHh0oXJdi2EX0"),
-    ("", "$apr1$0123abcd$5CfKTUzx/RwoJidpYir71/"),
-    ("a", "$apr1$0123abcd$W7om0TbLhldTqkociSB1Q."),
-    ("a password of more than sixteen bytes", "$apr1$0123abcd$ctWuIFbuaS/dj7EhszBjr0"),
-    ("p\xe4ssword 1", "$apr1$0123abcd$3.NU4Rq9leqd1vzVqQkzj1"),
-    ("secret", "$apr1$x$12YdXEY0/hH4rDNkmZupO0"),
-    ("p\xe4ssword 1", "{SHA}wBFJYYjnh5eS5Eft5JORpd7Gkko="),
-    (
-        "pleaseletmein",
-        "$scrypt$ln=14,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf046/2o+7qQT44+qbVD9lRdofI",
-    ),
+SCRYPT = (  # a published test vector
+    "pleaseletmein",
+    "$scrypt$ln=14,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf046/2o+7qQT44+qbVD9lRdofI",
 )
 BCRYPT = ("U*U", "$2y$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW")
 
@@ -742,7 +733,7 @@ class UsersTest(AccessTestCase):
         return client.as_caller(basic(name, password)).get("/v2/").status
 
     def test_hashes_that_people_have(self) -> None:
-        hashes = KNOWN_HASHES + ((BCRYPT,) if has_bcrypt() else ())
+        hashes = (SCRYPT, BCRYPT) if has_bcrypt() else (SCRYPT,)
         for password, hashed in hashes:
             with self.subTest(hashed):
                 check = registry.password_check(hashed)
@@ -755,6 +746,26 @@ class UsersTest(AccessTestCase):
             self.assertEqual(self.log_in(client, f"u{number}", password), 200)
             self.assertEqual(self.log_in(client, f"u{number}", password + "x"), 401)
 
+    def test_a_password_ends_where_it_ends(self) -> None:
+        """crypt(3) looks no further than a NUL, and HMAC, which is in scrypt, ignores some at the end."""
+        hashes = [SCRYPT, BCRYPT] if has_bcrypt() else [SCRYPT]
+        for password, hashed in hashes:
+            self.users.write_text(f"bob:{hashed}\n")
+            client = self.serve()
+            for end in ("\0", "\0\0", "\0more"):
+                self.assertEqual(self.log_in(client, "bob", password + end), 401)
+            self.assertEqual(self.log_in(client, "bob", password), 200)
+
+    def test_long_names_and_passwords_are_refused_unread(self) -> None:
+        name, password = "n" * 256, "p" * 4097
+        self.users.write_text(users_line(name, "x") + users_line("bob", password) + users_line("fits", "x"))
+        client = self.serve()
+        with mock.patch.object(registry.hashlib, "scrypt", wraps=registry.hashlib.scrypt) as scrypt:
+            self.assertEqual(self.log_in(client, name, "x"), 401)
+            self.assertEqual(self.log_in(client, "bob", password), 401)
+            self.assertEqual(scrypt.call_count, 0)
+        self.assertEqual(self.log_in(client, "fits", "x"), 200)
+
     @unittest.skipUnless(has_bcrypt(), "no crypt(3) that knows bcrypt")
     def test_bcrypt_is_checked_by_many_threads_at_once(self) -> None:
         check = registry.password_check(BCRYPT[1])
@@ -764,6 +775,8 @@ class UsersTest(AccessTestCase):
     def test_a_hash_that_cannot_be_checked_keeps_it_from_starting(self) -> None:
         bad = (
             "hunter2", "", "{SSHA}bm90aGluZw==", "{PLAIN}hunter2", "abJnggxhB/yWI", "$2y$", "*", "$unknown$x",
+            "{SHA}wBFJYYjnh5eS5Eft5JORpd7Gkko=", "$apr1$0123abcd$W7om0TbLhldTqkociSB1Q.",
+            "$2y$31$" + "a" * 53, "$2y$05$" + "a" * 52,
             "$argon2id$v=19$m=1,t=1,p=1$aa$bb", "$scrypt$ln=14,r=8,p=1$AA", "$scrypt$ln=99,r=8,p=1$AAAA$AAAA",
             "$scrypt$ln=0,r=8,p=1$AAAA$AAAA", "$scrypt$ln=30,r=8,p=1$AAAA$AAAA",
         )  # fmt: skip
@@ -782,7 +795,8 @@ class UsersTest(AccessTestCase):
                     self.serve()
 
     def test_an_absent_file_keeps_it_from_starting(self) -> None:
-        done = python("registry.py", "--data", str(self.data.path), "--users", str(self.directory / "none"))
+        options = ("--port", "0", "--data", str(self.data.path), "--users", str(self.directory / "none"))
+        done = python("registry.py", *options)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("none", done.stderr)
         self.assertNotIn("Traceback", done.stderr)

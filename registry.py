@@ -51,6 +51,7 @@ import hashlib
 import hmac
 import http
 import io
+import ipaddress
 import json
 import mmap
 import os
@@ -73,7 +74,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import quote, unquote
 
 try:
@@ -142,6 +143,7 @@ SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
 LISTEN_BACKLOG = 1024
+TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
 PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
 FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
@@ -2646,6 +2648,9 @@ class Body:
         return self.done
 
 
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
 class Context(NamedTuple):
     """What requests are served from."""
 
@@ -2653,17 +2658,20 @@ class Context(NamedTuple):
     access: Access
     public_url: str | None = None  # how clients reach it, if they do not say
     secure: bool = False  # whether it speaks TLS itself
+    proxies: Sequence[Network] = ()  # those whose X-Forwarded headers are believed
 
 
 class Request:
     """One request as the handlers see it."""
 
     def __init__(self, context: Context, reader: SocketReader, address: str) -> None:
-        """A request of which nothing is known yet but the client's address."""
+        """A request of which nothing is known yet but the address that it comes from."""
         self.context = context
         self.store = context.store
         self.address = address
+        self.proxied = False  # whether it came from a trusted proxy
         self.caller = Caller(None)
+        self.wanted: Scope | None = None  # what a token must be good for
         self._reader = reader
         self.method = self.target = "-"
         self.path = self._query = ""
@@ -2676,6 +2684,7 @@ class Request:
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
+        self._look_behind_proxies()
         self.path, self._query = split_target(self.target, self.headers.get("host", ""))
         length = body_length(head)
         expectation = self.headers.get("expect", "").lower()
@@ -2693,23 +2702,40 @@ class Request:
         """A parameter's first value, or None."""
         return next(iter(self.parameters(name)), None) if self._query else None
 
+    def identify(self) -> Caller:
+        """Who makes the request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
+        return self.context.access.identify(self.headers.get("authorization", ""), self.address)
+
     def may_pull(self, repository: str) -> bool:
         """Whether whoever makes the request has the right to pull a repository."""
         return self.context.access.permits(self.caller.user, Scope("repository", repository, "pull"))
 
     def base_url(self) -> str:
-        """How the client reaches this registry, as far as it or a proxy says."""
+        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
         if self.context.public_url:
             return self.context.public_url.rstrip("/")
-        scheme = self._forwarded("x-forwarded-proto") or ("https" if self.context.secure else "http")
-        host = self._forwarded("x-forwarded-host") or self.headers.get("host", "")
-        if scheme not in ("http", "https") or not HOST.fullmatch(host):
-            raise RegistryError(ErrorCode.BAD_REQUEST, "no usable Host")
-        return f"{scheme}://{host}"
+        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
+        if self.proxied:
+            scheme = self._forwarded("x-forwarded-proto") or scheme
+            host = self._forwarded("x-forwarded-host") or host
+        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
 
     def _forwarded(self, name: str) -> str:
         """What the proxy nearest to the client says, if there is one."""
         return self.headers.get(name, "").partition(",")[0].strip()
+
+    def _look_behind_proxies(self) -> None:
+        """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
+        hops = self.headers.get("x-forwarded-for", "").split(",")
+        while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
+            self.proxied = True
+            try:
+                address = ipaddress.ip_address(hops.pop().strip())
+            except (IndexError, ValueError):
+                break
+            if getattr(address, "scope_id", None):  # could hold anything
+                break
+            self.address = str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def parse_parameters(query: str, name: str) -> list[str]:
@@ -3096,9 +3122,9 @@ def describe_referrer(referrer: Referrer) -> dict[str, Any]:
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
     require_access(request)
-    caller = identify(request, basic_challenge)
+    caller = request.identify()
     if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
 
 
@@ -3115,10 +3141,7 @@ def token_post(request: Request) -> Reply:
     }
     if values["grant_type"] != "password":
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
-    try:
-        user = request.context.access.log_in(values["username"], values["password"], request.address)
-    except RegistryError as error:
-        raise with_challenge(error, basic_challenge) from None
+    user = request.context.access.log_in(values["username"], values["password"], request.address)
     return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
 
 
@@ -3134,30 +3157,9 @@ def token_reply(request: Request, user: str | None, scopes: list[str], service: 
     if service and service != access.service:
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     if user is None and not access.admits_anonymous():
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
     return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
-
-
-def basic_challenge() -> str:
-    """Ask for a user name and password."""
-    return 'Basic realm="registry"'
-
-
-def with_challenge(error: RegistryError, challenge: Callable[[], str]) -> RegistryError:
-    """An error that tells the client how to log in, if that is what it is about."""
-    if error.code is ErrorCode.UNAUTHORIZED:
-        error.headers = (("WWW-Authenticate", challenge()),)
-    return error
-
-
-def identify(request: Request, challenge: Callable[[], str]) -> Caller:
-    """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-    authorization = request.headers.get("authorization", "")
-    try:
-        return request.context.access.identify(authorization, request.address)
-    except RegistryError as error:
-        raise with_challenge(error, challenge) from None
 
 
 # === Routes ===========================================================================================
@@ -3190,8 +3192,8 @@ ROUTES = (
     Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel, "push"),
     Route("GET", "/v2/<name>/blobs/<digest>", blob_get, "pull"),
     Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete, "delete"),
-    Route("GET", "/token", token_get, ""),
-    Route("POST", "/token", token_post, ""),
+    Route("GET", TOKEN_PATH, token_get, ""),
+    Route("POST", TOKEN_PATH, token_post, ""),
 )
 
 
@@ -3254,31 +3256,36 @@ def authorize(request: Request, action: str, name: str) -> None:
     """
     access = request.context.access
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    challenge = functools.partial(bearer_challenge, request, None if action == "login" else scope)
-    request.caller = caller = identify(request, challenge)
+    request.wanted = None if action == "login" else scope
+    request.caller = caller = request.identify()
     allowed = caller != Caller(None) if action == "login" else access.allows(caller, scope)
     if allowed:
         return
     if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
 
 
-def bearer_challenge(request: Request, scope: Scope | None) -> str:
-    """Where to get a token, and for what: whoever pushes will want to look at what is there as well."""
-    challenge = f'Bearer realm="{request.base_url()}/token",service="{request.context.access.service}"'
-    if scope is not None:
-        challenge += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
+def challenge(request: Request) -> str:
+    """How to log in: with a token, where that is to be had and for what, or for a token with a password."""
+    url, scope = request.base_url(), request.wanted
+    if request.path == TOKEN_PATH or not url:
+        return 'Basic realm="registry"'
+    value = f'Bearer realm="{url}{TOKEN_PATH}",service="{request.context.access.service}"'
+    if scope is not None:  # whoever pushes will want to look at what is there as well
+        value += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
     if request.caller.scopes is not None:  # or docker tries the same again and again
-        challenge += ',error="insufficient_scope"'
-    return challenge
+        value += ',error="insufficient_scope"'
+    return value
 
 
-def error_reply(error: Exception) -> Reply:
+def error_reply(error: Exception, request: Request | None = None) -> Reply:
     """The one place that turns an exception into a reply; what is nobody's fault but ours is logged."""
     if not isinstance(error, RegistryError):
         error = _translate(error)
-    headers = (("Content-Type", JSON), *error.headers)
+    headers = [("Content-Type", JSON), *error.headers]
+    if request and error.code is ErrorCode.UNAUTHORIZED:
+        headers.append(("WWW-Authenticate", challenge(request)))
     return Reply(error.code.status, headers, error.document())
 
 
@@ -3391,7 +3398,7 @@ class Connection(socketserver.BaseRequestHandler):
         except ClientGone:
             raise
         except Exception as error:  # whatever it is, the client gets an answer
-            return error_reply(error)
+            return error_reply(error, request)
 
     def _send(self, reply: Reply, *, bodiless: bool, keep: bool) -> None:
         """Send a reply, in one write when its body is small."""
@@ -3418,12 +3425,12 @@ class Connection(socketserver.BaseRequestHandler):
     def _log(self, request: Request, reply: Reply, started: float) -> None:
         if self.server.log is None:
             return
-        moment, client = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self.client_address[0]
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         milliseconds = (time.perf_counter() - started) * 1000
         agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
         target = CREDENTIALS.sub("//", request.target)
         self.server.log(
-            f"{moment} {client} {request.method} {target} {reply.status} {reply.length}"
+            f"{moment} {request.address} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"
         )
 
@@ -3627,6 +3634,7 @@ class Registry:
     grants: str | None = None  # the path of a file that says what they may do
     anonymous_pull: bool = False
     public_url: str | None = None  # how clients reach it, if they do not say
+    trusted_proxies: Sequence[str] = ()  # addresses or networks whose X-Forwarded headers are believed
     tls_cert: str | None = None  # paths of PEM files
     tls_key: str | None = None
     max_connections: int = MAX_CONNECTIONS
@@ -3702,7 +3710,9 @@ class Registry:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             tls = TLS(self.tls_cert, self.tls_key) if self.tls_cert else None
-            context = Context(self.store, self._open_access(), self.public_url, secure=tls is not None)
+            context = Context(
+                self.store, self._open_access(), self.public_url, tls is not None, self._parse_proxies()
+            )
             undo.pop_all()
         return Server(
             listener,
@@ -3712,6 +3722,12 @@ class Registry:
             parent_alive=parent_alive,
             log=self.log,
         )
+
+    def _parse_proxies(self) -> list[Network]:
+        try:
+            return [ipaddress.ip_network(text) for text in self.trusted_proxies]
+        except ValueError as error:
+            raise StartupError(f"{error}; name a proxy by its address or network, like 10.0.0.0/8") from None
 
     def _open_access(self) -> Access:
         if self._token_key is None and self.users:
@@ -4153,6 +4169,8 @@ SERVE_OPTIONS = (
     ("--users", "let only the users of this htpasswd file in; see the command passwd", {"metavar": "FILE"}),
     ("--grants", "what they may do: lines of who, repositories, actions", {"metavar": "FILE"}),
     ("--anonymous-pull", "let everybody pull", {"action": "store_true"}),
+    ("--trusted-proxy", "believe the X-Forwarded headers of this address or network; may be repeated",
+        {"action": "append", "dest": "trusted_proxies", "default": [], "metavar": "ADDR"}),
     ("--public-url", "how clients reach this registry, if a proxy does not say", {"metavar": "URL"}),
     ("--tls-cert", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
     ("--tls-key", "its private key, if that is in another file", {"metavar": "FILE"}),

@@ -657,8 +657,8 @@ class TokenTest(AccessTestCase):
             self.assert_error(client.request(method, "/token"), 404)
         self.assertFalse((self.data.path / "token.key").exists())
 
-    def test_where_the_realm_is(self) -> None:
-        client = self.serve()
+    def test_where_the_realm_is_behind_a_trusted_proxy(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
         for headers, realm in (
             ({}, f"http://{client.host}/token"),
             ({"X-Forwarded-Proto": "https"}, f"https://{client.host}/token"),
@@ -673,14 +673,22 @@ class TokenTest(AccessTestCase):
                 challenge = client.get("/v2/", headers).headers["WWW-Authenticate"]
                 self.assertIn(f'realm="{realm}"', challenge)
 
-    def test_the_public_url_goes_before_what_a_client_says(self) -> None:
-        client = self.serve(public_url="https://hub.example/")
+    def test_where_the_realm_is_is_nothing_for_others_to_say(self) -> None:
+        for proxies in ([], ["127.0.0.2", "10.0.0.0/8", "::1"]):
+            client = self.serve(trusted_proxies=proxies)
+            response = client.get("/v2/", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example"})
+            self.assert_challenge(response, client.host)
+
+    def test_the_public_url_goes_before_what_a_proxy_says(self) -> None:
+        client = self.serve(public_url="https://hub.example/", trusted_proxies=["127.0.0.1"])
         challenge = client.get("/v2/", {"X-Forwarded-Host": "evil.example"}).headers["WWW-Authenticate"]
         self.assertIn('realm="https://hub.example/token"', challenge)
 
     def test_nothing_can_be_added_to_a_challenge(self) -> None:
-        client = self.serve()
-        challenge = re.compile(r'Bearer realm="https?://[\w.:\[\]-]+/token",service="[\w-]+"')
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        challenge = re.compile(
+            r'Bearer realm="https?://[\w.:\[\]-]+/token",service="[\w-]+"|Basic realm="registry"'
+        )
         for value in (
             'a"',
             'a",scope="x',
@@ -711,6 +719,12 @@ class TokenTest(AccessTestCase):
             self.assert_status(connection.read(), 200)
         response = client.as_caller(user("puller")).get("/v2/", {"X-Forwarded-Proto": "wss"})
         self.assert_status(response, 200)
+
+    def test_whoever_says_no_host_is_asked_for_a_password(self) -> None:
+        with RawConnection(self.serve().host) as connection:
+            response = connection.send(b"GET /v2/ HTTP/1.0\r\n\r\n").read()
+            self.assert_error(response, 401, "UNAUTHORIZED")
+            self.assertEqual(response.headers["WWW-Authenticate"], 'Basic realm="registry"')
 
 
 # === Users ===
@@ -872,6 +886,60 @@ class UsersTest(AccessTestCase):
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
                 self.assertNotRegex(ast.unparse(node), r"(?i)password|secret|proof|hashed")
+
+
+class TrustedProxyTest(AccessTestCase):
+    """Whose requests they are that come from a proxy."""
+
+    def logged(self, forwarded: str, *proxies: str) -> str:
+        """The address in the access log for a request from 127.0.0.1 with this X-Forwarded-For."""
+        client = self.serve(users=None, trusted_proxies=proxies)
+        with RawConnection(client.host) as connection:
+            parts = forwarded.split("|")
+            connection.request("GET", "/v2/", *(f"X-Forwarded-For: {part}" for part in parts)).read()
+        self.registry.close()
+        return self.log[-1].split(" ")[1]
+
+    def test_the_log_names_the_client_behind_it(self) -> None:
+        here = "127.0.0.1"
+        for forwarded, proxies, address in (
+            ("203.0.113.7", [here], "203.0.113.7"),
+            ("203.0.113.7", ["127.0.0.0/8"], "203.0.113.7"),
+            ("2001:db8::7", ["::/0", here], "2001:db8::7"),
+            ("2001:0DB8:0::7", [here], "2001:db8::7"),
+            ("::ffff:203.0.113.7", [here], "203.0.113.7"),
+            ("198.51.100.1, 203.0.113.7", [here], "203.0.113.7"),
+            ("198.51.100.1,203.0.113.7, 10.0.0.9", [here, "10.0.0.0/8"], "203.0.113.7"),
+            ("198.51.100.1|203.0.113.7|10.0.0.9", [here, "10.0.0.0/8"], "203.0.113.7"),
+            ("10.0.0.8, 10.0.0.9", [here, "10.0.0.0/8"], "10.0.0.8"),
+        ):
+            with self.subTest(forwarded, proxies=proxies):
+                self.assertEqual(self.logged(forwarded, *proxies), address)
+
+    def test_what_is_no_address_ends_the_search(self) -> None:
+        for forwarded in (
+            "", "unknown", "203.0.113.7,", "203.0.113.7, x", "203.0.113.7:80", "256.1.1.1", "fe80::1%a b",
+            "203.0.113.7, fe80::1%\x1b[31m", "1" * 5000, "," * 5000,
+        ):  # fmt: skip
+            with self.subTest(forwarded[:20]):
+                self.assertEqual(self.logged(forwarded, "127.0.0.1", "fe80::/10"), "127.0.0.1")
+
+    def test_others_are_not_believed(self) -> None:
+        for proxies in ([], ["127.0.0.2"], ["::/0"], ["203.0.113.7"]):
+            with self.subTest(proxies):
+                self.assertEqual(self.logged("203.0.113.7", *proxies), "127.0.0.1")
+
+    def test_what_is_no_network_keeps_it_from_starting(self) -> None:
+        for text in ("", "proxy.example", "10.0.0.1/8", "10.0.0.0/33", "::1/129"):
+            with self.subTest(text), self.assertRaises(registry.StartupError):
+                self.serve(trusted_proxies=[text])
+
+    def test_the_command_line_takes_several(self) -> None:
+        options = registry.build_parser().parse_args(
+            ["--trusted-proxy", "::1", "--trusted-proxy", "10.0.0.0/8"]
+        )
+        self.assertEqual(options.trusted_proxies, ["::1", "10.0.0.0/8"])
+        self.assertEqual(registry.build_parser().parse_args([]).trusted_proxies, [])
 
 
 class FailureTest(AccessTestCase):

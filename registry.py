@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
 import enum
@@ -145,9 +146,10 @@ MAX_CONNECTIONS = 1024  # by default
 LISTEN_BACKLOG = 1024
 TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
-PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
-FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
-FAILURE_INTERVAL = 60.0  # seconds after which failures are forgotten
+PASSWORD_LIFETIME = 3600.0  # since its last use, for which a password that was right is not hashed again
+FAILURE_LIMIT = 5  # wrong passwords from one address before it is slowed down
+FAILURE_INTERVAL = 60.0  # seconds without one, after which they are forgotten
+FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, and at most
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
 FORM_LIMIT = 64 * KIB
@@ -1956,7 +1958,7 @@ class WatchedFiles(Generic[T]):
 
 
 class ExpiringCache:
-    """Remembers a limited number of things, each for some seconds."""
+    """Remembers a limited number of things, each for some seconds, which are the same for all."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -1969,10 +1971,11 @@ class ExpiringCache:
 
     def put(self, key: Any, thing: Any, seconds: float) -> None:
         """Remember a thing; when there are too many, the oldest goes."""
+        now = time.monotonic()
         self._things.pop(key, None)
-        self._things[key] = time.monotonic() + seconds, thing
-        while len(self._things) > self._limit:
-            with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was quicker
+        self._things[key] = now + seconds, thing
+        with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was quicker
+            while len(self._things) > self._limit or next(iter(self._things.values()))[0] <= now:
                 self._things.pop(next(iter(self._things)))
 
 
@@ -2035,12 +2038,10 @@ def password_check(hashed: str) -> Callable[[str], bool]:
     raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
-def check_dummy(password: str) -> bool:
-    """The check for a user who does not exist: it takes as long as one for a user who does."""
-    return not _scrypt(password, b"", SCRYPT_LN, 8, 1)
+Users = dict[str, tuple[str, Callable[[str], bool]]]  # their hashes, and what checks them
 
 
-def load_users(path: str) -> dict[str, tuple[str, Callable[[str], bool]]]:
+def load_users(path: str) -> Users:
     """The users of an htpasswd file: their hashes, and what checks them. Raises OSError, ValueError."""
     users = {}
     for number, line in _lines(path):
@@ -2111,6 +2112,87 @@ class Caller(NamedTuple):
     scopes: frozenset[Scope] | None = None  # all that a token is good for; None: it is not by token
 
 
+def client_network(address: str) -> str:
+    """What of an address tells clients apart: of IPv6 the first 64 bits, since one client has all within."""
+    parsed = ipaddress.ip_address(address)
+    return address if parsed.version == 4 else f"{int(parsed) >> 64:x}"
+
+
+class Turn(threading.Event):
+    """What an attempt to log in waits for: set when its turn has come, and when it never will."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.refused = False
+
+    def refuse(self) -> None:
+        """It will not come."""
+        self.refused = True
+        self.set()
+
+
+class LoginQueue:
+    """Has the attempts to log in from each address take turns, since each hashes a password.
+
+    That takes a core for 50 ms, and 16 MiB. With one turn at a time for an address, whoever logs in from
+    elsewhere waits for one hash of each other address at most; and since failures make turns longer, those
+    who guess are slowed down, also when they do it at once. Of an address, the attempt goes first for whose
+    name fewest wait, and of these the newest: so whoever shares it with those who guess comes before them.
+    When too many wait in all, the address that has most of them loses the one that would go last (429).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit  # of attempts in all
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Turn]] = {}  # by address, newest first; there while one has its turn
+        self._failures = ExpiringCache(1000)
+
+    @contextlib.contextmanager
+    def turn(self, address: str, name: str) -> Iterator[None]:
+        """Wait for a turn, and have it. Raises TOOMANYREQUESTS."""
+        turn = Turn(name)
+        too_many = RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", "1"),))
+        with self._lock:
+            waiting = list(self._waiting.values())
+            if sum(map(len, waiting)) + len(waiting) >= self._limit:
+                longest = max(waiting, key=len)
+                if not longest:
+                    raise too_many
+                self._pop(longest, -1).refuse()
+            if address in self._waiting:
+                self._waiting[address].insert(0, turn)
+            else:
+                self._waiting[address] = []
+                turn.set()
+        turn.wait()
+        if turn.refused:
+            raise too_many
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._waiting[address]:
+                    self._pop(self._waiting[address], 0).set()
+                else:
+                    del self._waiting[address]
+
+    @staticmethod
+    def _pop(turns: list[Turn], position: int) -> Turn:
+        """Take a turn from the line of one address: 0 is who goes first, -1 who goes last."""
+        counts = collections.Counter(turn.name for turn in turns)
+        turn = sorted(turns, key=lambda turn: counts[turn.name])[position]
+        turns.remove(turn)
+        return turn
+
+    def fail(self, address: str) -> None:
+        """Have a turn last longer after a failure: the more of them there were lately, the longer."""
+        failures = (self._failures.get(address) or 0) + 1
+        self._failures.put(address, failures, FAILURE_INTERVAL)
+        if len(self._waiting) <= self._limit // 2:  # or other addresses would find no room
+            time.sleep(min(max(failures - FAILURE_LIMIT, 0) * FAILURE_DELAY, FAILURE_DELAY_LIMIT))
+
+
 class Access:
     """Who may do what: users, grants and tokens. Without users, everybody may do everything."""
 
@@ -2121,8 +2203,9 @@ class Access:
         *,
         anonymous_pull: bool = False,
         key: bytes = b"",
+        max_logins: int = MAX_CONNECTIONS // 2,
     ) -> None:
-        """users, grants: paths of files. key: signs tokens. Raises StartupError."""
+        """users, grants: paths of files. key signs tokens. max_logins may wait. Raises StartupError."""
         self.enabled = users is not None
         if grants is not None and not self.enabled:
             raise StartupError("grants without users would let nobody in; give --users as well")
@@ -2133,8 +2216,8 @@ class Access:
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
         self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
         self._verified = ExpiringCache(1000)
-        self._failures = ExpiringCache(10_000)
-        self._hashing = threading.Lock()  # scrypt takes 16 MiB and a core: one at a time
+        self._queue = LoginQueue(max_logins)
+        self._hashing = threading.Lock()
 
     def permits(self, user: str | None, scope: Scope) -> bool:
         """Whether a user, or anybody for None, may do something."""
@@ -2180,32 +2263,33 @@ class Access:
     def log_in(self, name: str, password: str, address: str) -> str:
         """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
 
-        What was right is remembered for a while, as a keyed hash, since checking takes its time.
+        What was right is remembered for a while, as a keyed hash, so that a user who comes back never waits.
         """
+        wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+            raise wrong
         users = self._users.get() if self._users else {}
-        hashed, check = users.get(name, ("", check_dummy))
+        hashed, check = users.get(name, ("", None))
         proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
-        if self._verified.get(proof):
-            return name
-        with self._hashing:
-            self._check_failures(address, name)
-            if not check(password):
-                self._count_failure(address, name)
-                raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+        if not self._verified.get(proof):
+            stand_in, network = self._stand_in(users, name), client_network(address)
+            with self._queue.turn(network, name):
+                if not self._verified.get(proof):  # nor was while this one waited
+                    with self._hashing:
+                        right = (check or stand_in)(password) and check is not None
+                    if not right:
+                        self._queue.fail(network)
+                        raise wrong
         self._verified.put(proof, True, PASSWORD_LIFETIME)
         return name
 
-    def _check_failures(self, address: str, name: str) -> None:
-        for key, limit in ((address, ADDRESS_FAILURE_LIMIT), ((address, name), FAILURE_LIMIT)):
-            if (self._failures.get(key) or 0) >= limit:
-                seconds = str(int(FAILURE_INTERVAL))
-                raise RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", seconds),))
+    def _stand_in(self, users: Users, name: str) -> Callable[[str], bool]:
+        """What to check passwords with for a name that is nobody's: a user's, so that time tells nothing.
 
-    def _count_failure(self, address: str, name: str) -> None:
-        for key in (address, (address, name)):
-            self._failures.put(key, (self._failures.get(key) or 0) + 1, FAILURE_INTERVAL)
+        It is always the same for the same name, since users need not all have hashes that take equally long.
+        """
+        checks = [check for _, check in users.values()] or [lambda _: False]
+        return checks[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(checks)]
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
         """A token for as much of what is requested as the user may do, as the token endpoint answers it.
@@ -3743,6 +3827,7 @@ class Registry:
             self.grants,
             anonymous_pull=self.anonymous_pull,
             key=self._token_key or b"",
+            max_logins=max(self.max_connections // 2, 1),
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:

@@ -706,7 +706,9 @@ class Files:
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
             path = os.path.abspath(os.path.join(self.root, directory))
             if not os.path.isdir(path):
-                os.makedirs(path, exist_ok=True)
+                os.makedirs(
+                    path, 0o777 if directory else 0o700, exist_ok=True
+                )  # the data is its owner's alone
                 if self.durable:
                     sync_directory(os.path.dirname(path))
 
@@ -2048,6 +2050,8 @@ def load_users(path: str) -> Users:
         name, colon, hashed = line.partition(":")
         if not colon or not name or not hashed:
             raise ValueError(f"line {number} is not name:hash")
+        if name in users:
+            raise ValueError(f"line {number} is another one for {name}")
         try:
             users[name] = hashed, password_check(hashed)
         except ValueError as error:
@@ -2086,7 +2090,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
 
 def _lines(path: str) -> list[tuple[int, str]]:
     """The lines of a text file that say something, numbered."""
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
@@ -2225,8 +2229,8 @@ class Access:
             return True
         if scope == CATALOG:
             return user is not None or self.admits_anonymous()
-        if scope.kind != "repository" or scope.action not in ACTIONS:
-            return False
+        if scope.kind != "repository" or scope.action not in ACTIONS or len(scope.name) > NAME_LIMIT:
+            return False  # a pattern with several stars takes long for long names
         if self._anonymous_pull and scope.action == "pull":
             return True
         if self._grants is None:
@@ -2354,33 +2358,36 @@ def parse_scope(text: str) -> list[Scope]:
 
 
 def load_key(path: str, *, create: bool) -> bytes:
-    """The key that signs tokens, made if there is none: tokens outlive a restart."""
-    if create and not os.path.lexists(path):
-        replace_file(f"{path}.{secrets.token_hex(8)}", path, secrets.token_bytes(32), exclusive=True)
+    """The key that signs tokens, made if there is none: tokens outlive a restart. Raises StartupError."""
     try:
-        with open(path, "rb", opener=no_follow) as file:
-            return file.read()
-    except FileNotFoundError:
         if create:
-            raise
-        return b""
+            with locked_directory(os.path.dirname(path)):
+                if not os.path.lexists(path):
+                    replace_file(path, secrets.token_bytes(32))
+        with open(path, "rb", opener=no_follow) as file:
+            key = file.read()
+    except FileNotFoundError:
+        return secrets.token_bytes(32)
+    except OSError as error:
+        raise StartupError(f"cannot use {path}: {error.strerror}; remove it if it is no file") from error
+    if len(key) < 32:
+        raise StartupError(f"{path} has fewer than 32 bytes, which can be guessed; remove it for a new one")
+    return key
 
 
-def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool = False) -> None:
-    """Write a private file in one step, durably; exclusive: unless there is one already."""
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def replace_file(path: str, content: bytes) -> None:
+    """Write a private file in one step, durably."""
+    temporary = f"{path}.{secrets.token_hex(8)}"
     try:
-        if exclusive:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
@@ -2990,12 +2997,17 @@ def upload_start(request: Request, name: str) -> Reply:
 def mount_blob(request: Request, name: str, digest: str) -> bool:
     """Mount a blob from the repository that the query names, or from any that the caller may pull.
 
-    Whose token it is decides about the source: clients ask for one that is good for the target only.
+    For a source that is named it is enough whose token it is: some clients ask for one that is good for the
+    target only. One that the registry looks for must be in the token itself.
     """
-    source = request.parameter("from")
+    access, caller, source = request.context.access, request.caller, request.parameter("from")
+    if source is not None:
+        caller = Caller(caller.user)
     sources = request.store.repositories_with(digest) if source is None else [source]
     return any(
-        request.may_pull(candidate) and request.store.mount(name, digest, candidate) for candidate in sources
+        access.allows(caller, Scope("repository", candidate, "pull"))
+        and request.store.mount(name, digest, candidate)
+        for candidate in sources
     )
 
 
@@ -3816,12 +3828,7 @@ class Registry:
     def _open_access(self) -> Access:
         if self._token_key is None and self.users:
             path = os.path.join(self.store.files.root, "token.key")
-            try:
-                self._token_key = load_key(path, create=not self.read_only) or secrets.token_bytes(32)
-            except OSError as error:
-                raise StartupError(
-                    f"cannot use {path}: {error.strerror}; remove it if it is no file"
-                ) from error
+            self._token_key = load_key(path, create=not self.read_only)
         return Access(
             self.users,
             self.grants,
@@ -4125,9 +4132,14 @@ def command_verify(options: argparse.Namespace) -> int:
 
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
-    if not re.fullmatch(r"[^\s:#](?:[^:]*[^\s:])?", options.name) or not options.name.isprintable():
-        raise StartupError("a user's name has no colon, no space around it, and does not begin with #")
-    line = None if options.delete else f"{options.name}:{hash_password(ask_password())}"
+    line = None
+    if not options.delete:
+        legal = re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", options.name) and options.name.isprintable()
+        if not legal:
+            raise StartupError(
+                f"a user's name has no white space, no colon, no # in front, {USER_LIMIT} characters"
+            )
+        line = f"{options.name}:{hash_password(ask_password())}"
     try:
         change_user(os.path.realpath(options.users), options.name, line)
     except (OSError, ValueError) as error:
@@ -4137,12 +4149,12 @@ def command_passwd(options: argparse.Namespace) -> None:
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
     with locked_directory(os.path.dirname(path)):
-        text = Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+        text = Path(path).read_text(encoding="utf-8-sig") if os.path.exists(path) else ""
         lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
         if line is None and len(lines) == len(text.splitlines()):
             raise StartupError(f"there is no {name} in {path}")
         content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
-        replace_file(f"{path}.{secrets.token_hex(8)}", path, content.encode("utf-8"))
+        replace_file(path, content.encode("utf-8"))
 
 
 def ask_password() -> str:
@@ -4153,8 +4165,8 @@ def ask_password() -> str:
             raise StartupError("the two are not the same; try again")
     else:
         password = sys.stdin.readline().rstrip("\r\n")
-    if not password:
-        raise StartupError("a password must not be empty")
+    if not 0 < len(password) <= PASSWORD_LIMIT or "\0" in password:
+        raise StartupError(f"a password has 1 to {PASSWORD_LIMIT} characters, and no NUL")
     return password
 
 

@@ -370,6 +370,21 @@ class GrantsTest(AccessTestCase):
         for mine in (client, by_token):
             self.assert_error(mine.get("tags/list"), 403, "DENIED")
 
+    def test_nothing_is_granted_of_names_too_long_to_be_repositories(self) -> None:
+        """However many stars there are in a pattern: matching it takes long for them."""
+        self.grants.write_text("puller **a**b pull\n* ** pull\n")
+        access = registry.Access(str(self.users), str(self.grants))
+        for name, allowed in (("a" * 255, True), ("a" * 256, False), ("a" * 60_000, False)):
+            self.assertEqual(access.permits("stranger", registry.Scope("repository", name, "pull")), allowed)
+            token = access.issue_token("stranger", registry.parse_scope(f"repository:{name}:pull"))["token"]
+            self.assertEqual(len(claims_of(token)["access"]), int(allowed))
+
+    def test_a_byte_order_mark_is_skipped(self) -> None:
+        self.users.write_text("\ufeff" + users_line("bob", "x") + users_line("puller", "puller's"), "utf-8")
+        client = self.serve("\ufeffbob ** pull\n")
+        self.assertEqual(self.may_pull(client.as_caller(basic("bob", "x")), "a"), ["a"])
+        self.assertEqual(self.may_pull(client.as_caller(user("puller")), "a"), [])
+
     def test_malformed_grants_keep_it_from_starting(self) -> None:
         for rest in ("", " **", " ** pull push", " ** fly", " ** pull,", " ** *"):
             with self.subTest(rest), self.assertRaisesRegex(registry.StartupError, "line 2"):
@@ -427,7 +442,24 @@ class GrantsTest(AccessTestCase):
                 self.assert_status(pusher.post(f"blobs/uploads/?{query}"), 202)
                 self.assert_error(pusher.get(f"blobs/{digest}"), 404)
 
-    def test_a_mount_by_token(self) -> None:
+    def test_a_mount_from_anywhere_needs_the_source_in_the_token(self) -> None:
+        self.data.path.mkdir()
+        digest = self.serve_anybody().at("shared/x").push_blob(b"mounted")
+        client = self.serve("pusher team/* pull,push\npusher shared/* pull\n").as_caller(user("pusher"))
+        target, source = "repository:team/app:pull,push", "repository:shared/x:pull"
+        path = f"blobs/uploads/?mount={digest}"
+        for scopes, status in (
+            ([target], 202),
+            ([target, "repository:shared/y:pull"], 202),
+            ([target, "repository:shared/x:push"], 202),
+            ([target, source], 201),
+        ):
+            with self.subTest(scopes):
+                self.assert_status(client.as_caller(client.bearer(*scopes)).post(path), status)
+        client.delete(f"blobs/{digest}")
+        self.assert_status(client.post(path), 201)
+
+    def test_a_mount_from_a_named_source_by_token(self) -> None:
         """A token for the target is enough, since it says whose it is; somebody else's is not."""
         self.data.path.mkdir()
         digest = self.serve_anybody().at("shared/x").push_blob(b"mounted")
@@ -640,6 +672,20 @@ class TokenTest(AccessTestCase):
         self.assertGreaterEqual(len(path.read_bytes()), 32)
         self.assertNotIn(path.read_bytes()[:8].hex(), "".join(self.log))
 
+    def test_a_key_that_can_be_guessed_keeps_it_from_starting(self) -> None:
+        self.data.path.mkdir()
+        for content in (b"", b"x" * 31):
+            for read_only in (False, True):
+                with self.subTest(content, read_only=read_only):
+                    if read_only:
+                        self.serve_anybody()
+                    (self.data.path / "token.key").write_bytes(content)
+                    with self.assertRaisesRegex(registry.StartupError, r"\A[^\n]*token\.key[^\n]*\Z"):
+                        self.serve(read_only=read_only)
+        (self.data.path / "token.key").write_bytes(b"x" * 32)
+        self.serve()
+        self.assertEqual(self.key(), b"x" * 32)
+
     def test_daemons_that_start_at_once_agree_on_the_key(self) -> None:
         self.data.path.mkdir()
         running = [
@@ -808,6 +854,11 @@ class UsersTest(AccessTestCase):
                 self.users.write_bytes(line + b"\n")
                 with self.assertRaises(registry.StartupError):
                     self.serve()
+
+    def test_a_user_who_is_there_twice_keeps_it_from_starting(self) -> None:
+        self.users.write_text(users_line("bob", "x") + "#\n" + users_line("al", "x") + users_line("bob", "y"))
+        with self.assertRaisesRegex(registry.StartupError, "line 4.* bob"):
+            self.serve()
 
     def test_an_absent_file_keeps_it_from_starting(self) -> None:
         options = ("--port", "0", "--data", str(self.data.path), "--users", str(self.directory / "none"))
@@ -1059,9 +1110,9 @@ class FailureTest(AccessTestCase):
 
         users = {"puller": ("", check)}
         with mock.patch.object(self.registry.server.context.access._users, "_value", users):
-            guesses = [lambda n=n: self.guess(client, "puller", f"{n}", "203.0.113.7") for n in range(100)]
+            guesses = [lambda n=n: self.guess(client, "puller", f"{n}", "203.0.113.7") for n in range(150)]
             waited, *replies = run_at_once(log_in, *guesses)
-        self.assertLess(waited, 10)
+        self.assertLess(waited, 50)
         self.assertEqual({reply.status for reply in replies}, {401})
 
     def test_those_who_log_in_alike_are_hashed_once(self) -> None:
@@ -1195,6 +1246,19 @@ class LoginQueueTest(unittest.TestCase):
 class SecrecyTest(AccessTestCase):
     SECRET: ClassVar = "correct-horse-battery"
 
+    @unittest.skipUnless(os.name == "posix", "needs permissions")
+    def test_a_data_directory_that_it_makes_is_its_owners_alone(self) -> None:
+        old = os.umask(0o022)
+        self.addCleanup(os.umask, old)
+        new = self.directory / "parent" / "data"
+        self.serve(data=str(new))
+        self.assertEqual(new.stat().st_mode & 0o777, 0o700)
+        self.assertEqual(new.parent.stat().st_mode & 0o777, 0o755)
+        self.data.path.mkdir(mode=0o750)
+        self.serve()
+        self.assertEqual(self.data.path.stat().st_mode & 0o777, 0o750)
+        self.assertEqual((self.data.path / "blobs").stat().st_mode & 0o777, 0o755)
+
     def test_no_secret_reaches_a_log(self) -> None:
         with contextlib.redirect_stderr(_Discard()) as errors:
             self.users.write_text(users_line("puller", self.SECRET))
@@ -1307,6 +1371,17 @@ class PasswdTest(AccessTestCase):
         self.assertEqual(set(self.lines()), set(USERS) - {"pusher"})
         self.assert_refused(self.passwd("pusher", "--delete"))
 
+    def test_one_whose_name_is_no_longer_taken_is_removed(self) -> None:
+        self.users.write_text(users_line("a b", "x") + users_line("puller", "x"), "utf-8")
+        self.assertEqual(self.passwd("a b", "--delete"), (0, ""))
+        self.assertEqual(set(self.lines()), {"puller"})
+
+    def test_a_byte_order_mark_is_no_part_of_a_name(self) -> None:
+        self.users.write_text("\ufeff" + users_line("alice", "x"), "utf-8")
+        self.assertEqual(self.passwd("alice", password="secret"), (0, ""))
+        self.assertEqual(set(self.lines()), {"alice"})
+        self.serve()
+
     def test_a_running_registry_heeds_it(self) -> None:
         client = self.serve()
         self.passwd("alice", password="secret")
@@ -1316,10 +1391,23 @@ class PasswdTest(AccessTestCase):
 
     def test_names_and_passwords_that_cannot_be(self) -> None:
         before = self.users.read_bytes()
-        for name in ("", "a:b", " a", "a ", "a\nb", "a\x1bb", "#a"):
+        for name in (
+            "",
+            "a:b",
+            ":",
+            " a",
+            "a ",
+            "a b",
+            "a\tb",
+            "a\u00a0b",
+            "a\nb",
+            "a\x1bb",
+            "#a",
+            "a" * 256,
+        ):
             with self.subTest(name):
                 self.assert_refused(self.passwd(name, password="secret"))
-        for password in ("", "\n"):
+        for password in ("", "\n", "a\0b", "\0", "a" * 4097):
             self.assert_refused(self.passwd("alice", password=password))
         self.assertEqual(self.users.read_bytes(), before)
         self.users = self.directory / "none" / "users.txt"

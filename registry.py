@@ -4132,16 +4132,15 @@ def command_verify(options: argparse.Namespace) -> int:
 
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
-    line = None
-    if not options.delete:
-        legal = re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", options.name) and options.name.isprintable()
-        if not legal:
-            raise StartupError(
-                f"a user's name has no white space, no colon, no # in front, {USER_LIMIT} characters"
-            )
-        line = f"{options.name}:{hash_password(ask_password())}"
+    name, line = options.name, None
     try:
-        change_user(os.path.realpath(options.users), options.name, line)
+        if not options.delete:
+            if not re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", name) or not name.isprintable():
+                raise ValueError(
+                    f"a name has no white space, colon, # in front, or over {USER_LIMIT} characters"
+                )
+            line = f"{name}:{hash_password(ask_password())}"
+        change_user(os.path.realpath(options.users), name, line)
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot change {options.users}: {error}") from error
 

@@ -1090,6 +1090,21 @@ class FailureTest(AccessTestCase):
         self.assertEqual(len(busy), 1 + 40 * 2 * 2)
         self.assertEqual(max(busy), 1)
 
+    def test_one_password_is_hashed_at_a_time(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        busy: list[int] = [0]
+
+        def check(_password: str) -> bool:
+            busy.append(busy[-1] + 1)
+            threading.Event().wait(0.002)
+            busy.append(busy[-1] - 1)
+            return False
+
+        users = {"puller": ("", check)}
+        with mock.patch.object(self.registry.server.context.access._users, "_value", users):
+            run_at_once(*[lambda n=n: self.guess(client, "puller", "x", f"203.0.113.{n}") for n in range(20)])
+        self.assertEqual((len(busy), max(busy)), (41, 1))
+
     def test_guesses_elsewhere_do_not_keep_others_waiting(self) -> None:
         client = self.serve(trusted_proxies=["127.0.0.1"])
         checks: list[str] = []
@@ -1201,8 +1216,8 @@ class LoginQueueTest(unittest.TestCase):
     def test_the_address_with_most_attempts_loses_the_oldest(self) -> None:
         with (
             mock.patch.object(self.queue, "_limit", 6),
-            self.queue.turn("a", "x"),
             self.queue.turn("b", "x"),
+            self.queue.turn("a", "x"),
         ):
             for address, name, label in (
                 ("a", "alice", "1"),

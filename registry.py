@@ -27,7 +27,7 @@ The sections, each of which uses only those above it:
     Files           the content-addressed directory and the files under upload; knows no SQL
     Store           files and SQLite together; knows no HTTP
     Maintenance     garbage collection, and verifying what is stored
-    Access          users, grants, tokens and certificates; knows no HTTP either
+    Access          users, grants, tokens and the certificate; knows no HTTP either
     Messages        requests and replies: heads, bodies, ranges, pages
     Handlers        one function per operation
     Routes          one table: method, path, handler
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
 import enum
@@ -50,6 +51,7 @@ import hashlib
 import hmac
 import http
 import io
+import ipaddress
 import json
 import mmap
 import os
@@ -71,7 +73,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import quote, unquote
 
 try:
@@ -141,10 +143,13 @@ SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
 LISTEN_BACKLOG = 1024
+TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
-PASSWORD_LIFETIME = 300.0  # for which a password that was right is not hashed again
-FAILURE_LIMIT, ADDRESS_FAILURE_LIMIT = 10, 100  # wrong passwords for one user, and in all, from one address
-FAILURE_INTERVAL = 60.0  # seconds after which failures are forgotten
+PASSWORD_LIFETIME = 3600.0  # since its last use, for which a password that was right is not hashed again
+FAILURE_LIMIT = 5  # wrong passwords from one address before it is slowed down
+FAILURE_INTERVAL = 60.0  # seconds without one, after which they are forgotten
+FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, and at most
+USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
@@ -675,7 +680,9 @@ class Files:
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
             path = os.path.join(self.root, directory)
             if not os.path.isdir(path):
-                os.makedirs(path, exist_ok=True)
+                os.makedirs(
+                    path, 0o777 if directory else 0o700, exist_ok=True
+                )  # the data is its owner's alone
                 if self.durable:
                     sync_directory(os.path.dirname(path))
         for algorithm in ALGORITHMS:
@@ -2011,7 +2018,29 @@ def _unbase64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
+@functools.lru_cache(maxsize=1)
+def system_crypt() -> Callable[[str, str], str] | None:
+    """The system's crypt(3) where there is one that knows bcrypt."""
+    import ctypes  # noqa: PLC0415 - rarely needed, and missing from some builds of Python
+
+    lock = threading.Lock()  # what crypt returns is in static memory
+
+    def crypt(password: str, setting: str) -> str:
+        with lock:
+            return str((compute(password.encode(), setting.encode()) or b"*").decode("latin-1"))
+
+    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
+        try:
+            compute: Any = ctypes.CDLL(library).crypt
+        except (OSError, AttributeError):
+            continue
+        compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
+        return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
+    return None
+
+
 SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+BCRYPT_HASH = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")  # more would take 8 seconds
 
 
 def password_check(hashed: str) -> Callable[[str], bool]:
@@ -2024,74 +2053,23 @@ def password_check(hashed: str) -> Callable[[str], bool]:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
         _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
         return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
-    compute = _htpasswd_hash(hashed)
-    return lambda password: hmac.compare_digest(compute(password).encode(), hashed.encode())
-
-
-def check_dummy(password: str) -> bool:
-    """The check for a user who does not exist: it takes as long as one for a user who does."""
-    return not _scrypt(password, b"", SCRYPT_LN, 8, 1)
-
-
-def _htpasswd_hash(hashed: str) -> Callable[[str], str]:
-    """What hashes a password the way this hash of htpasswd's or crypt's was made."""
-    if hashed.startswith("{SHA}"):
-        return lambda password: "{SHA}" + _base64(hashlib.sha1(password.encode()).digest()) + "="
-    if hashed.startswith("$apr1$"):
-        salt = hashed.split("$")[2]
-        return lambda password: f"$apr1${salt}${apr1(password.encode(), salt.encode())}"
-    crypt = system_crypt()
-    if hashed.startswith("$") and crypt and (crypt("", hashed) or "*").startswith(hashed[:4]):
-        return lambda password: crypt(password, hashed)
+    if BCRYPT_HASH.fullmatch(hashed) and (crypt := system_crypt()):
+        return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
     raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
-def apr1(password: bytes, salt: bytes) -> str:
-    """Apache's variant of the MD5 crypt, as htpasswd -m makes it: 1,000 rounds of it."""
-    length = len(password)
-    first = hashlib.md5(password + salt + password).digest()
-    start = password + b"$apr1$" + salt + (first * (length // 16 + 1))[:length]
-    start += b"".join(b"\0" if length >> bit & 1 else password[:1] for bit in range(length.bit_length()))
-    value = hashlib.md5(start).digest()
-    for number in range(1000):
-        parts = [value, salt * (number % 3 > 0), password * (number % 7 > 0), password]
-        if number % 2:
-            parts[0], parts[3] = password, value
-        value = hashlib.md5(b"".join(parts)).digest()
-    groups = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5))
-    words = [(value[a] << 16 | value[b] << 8 | value[c], 4) for a, b, c in groups] + [(value[11], 2)]
-    alphabet = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    return "".join(alphabet[word >> 6 * place & 63] for word, places in words for place in range(places))
+Users = dict[str, tuple[str, Callable[[str], bool]]]  # their hashes, and what checks them
 
 
-@functools.lru_cache(maxsize=1)
-def system_crypt() -> Callable[[str, str], str] | None:
-    """The system's crypt(3), which knows bcrypt on most systems; None where there is none."""
-    import ctypes  # noqa: PLC0415 - rarely needed, and missing from some builds of Python
-
-    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
-        try:
-            function = ctypes.CDLL(library).crypt
-        except (OSError, AttributeError):
-            continue
-        function.restype, function.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
-        return functools.partial(_crypt, function, threading.Lock())
-    return None
-
-
-def _crypt(function: Any, lock: threading.Lock, password: str, setting: str) -> str:
-    """What crypt(3) makes of a password, or something that is no hash. Its result is in static memory."""
-    with lock:
-        return str((function(password.encode(), setting.encode()) or b"*").decode("latin-1"))
-
-
-def load_users(path: str) -> dict[str, tuple[str, Callable[[str], bool]]]:
+def load_users(path: str) -> Users:
     """The users of an htpasswd file: their hashes, and what checks them. Raises OSError, ValueError."""
     users = {}
     for number, line in _lines(path):
         name, colon, hashed = line.partition(":")
         if not colon or not name or not hashed:
             raise ValueError(f"line {number} is not name:hash")
+        if name in users:
+            raise ValueError(f"line {number} is another one for {name}")
         try:
             users[name] = hashed, password_check(hashed)
         except ValueError as error:
@@ -2133,7 +2111,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
 
 def _lines(path: str) -> list[tuple[int, str]]:
     """The lines of a text file that say something, numbered."""
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
@@ -2159,6 +2137,87 @@ class Caller(NamedTuple):
     scopes: frozenset[Scope] | None = None  # all that a token is good for; None: it is not by token
 
 
+def client_network(address: str) -> str:
+    """What of an address tells clients apart: of IPv6 the first 64 bits, since one client has all within."""
+    parsed = ipaddress.ip_address(address)
+    return address if parsed.version == 4 else f"{int(parsed) >> 64:x}"
+
+
+class Turn(threading.Event):
+    """What an attempt to log in waits for: set when its turn has come, and when it never will."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.refused = False
+
+    def refuse(self) -> None:
+        """It will not come."""
+        self.refused = True
+        self.set()
+
+
+class LoginQueue:
+    """Has the attempts to log in from each address take turns, since each hashes a password.
+
+    That takes a core for 50 ms, and 16 MiB. With one turn at a time for an address, whoever logs in from
+    elsewhere waits for one hash of each other address at most; and since failures make turns longer, those
+    who guess are slowed down, also when they do it at once. Of an address, the attempt goes first for whose
+    name fewest wait, and of these the newest: so whoever shares it with those who guess comes before them.
+    When too many wait in all, the address that has most of them loses the one that would go last (429).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit  # of attempts in all
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Turn]] = {}  # by address, newest first; there while one has its turn
+        self._failures = Cache(1000)
+
+    @contextlib.contextmanager
+    def turn(self, address: str, name: str) -> Iterator[None]:
+        """Wait for a turn, and have it. Raises TOOMANYREQUESTS."""
+        turn = Turn(name)
+        too_many = RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", "1"),))
+        with self._lock:
+            waiting = list(self._waiting.values())
+            if sum(map(len, waiting)) + len(waiting) >= self._limit:
+                longest = max(waiting, key=len)
+                if not longest:
+                    raise too_many
+                self._pop(longest, -1).refuse()
+            if address in self._waiting:
+                self._waiting[address].insert(0, turn)
+            else:
+                self._waiting[address] = []
+                turn.set()
+        turn.wait()
+        if turn.refused:
+            raise too_many
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._waiting[address]:
+                    self._pop(self._waiting[address], 0).set()
+                else:
+                    del self._waiting[address]
+
+    @staticmethod
+    def _pop(turns: list[Turn], position: int) -> Turn:
+        """Take a turn from the line of one address: 0 is who goes first, -1 who goes last."""
+        counts = collections.Counter(turn.name for turn in turns)
+        turn = sorted(turns, key=lambda turn: counts[turn.name])[position]
+        turns.remove(turn)
+        return turn
+
+    def fail(self, address: str) -> None:
+        """Have a turn last longer after a failure: the more of them there were lately, the longer."""
+        failures = (self._failures.get(address) or 0) + 1
+        self._failures.put(address, failures, FAILURE_INTERVAL)
+        if len(self._waiting) <= self._limit // 2:  # or other addresses would find no room
+            time.sleep(min(max(failures - FAILURE_LIMIT, 0) * FAILURE_DELAY, FAILURE_DELAY_LIMIT))
+
+
 class Access:
     """Who may do what: users, grants and tokens. Without users, everybody may do everything."""
 
@@ -2168,15 +2227,11 @@ class Access:
         grants: str | None = None,
         *,
         anonymous_pull: bool = False,
-        certificates: bool = False,
         key: bytes = b"",
+        max_logins: int = MAX_CONNECTIONS // 2,
     ) -> None:
-        """users, grants: paths of files. certificates: clients may show one. key: signs tokens.
-
-        Raises StartupError.
-        """
-        self.enabled = users is not None or certificates
-        self._certificates = certificates
+        """users, grants: paths of files. key signs tokens. max_logins may wait. Raises StartupError."""
+        self.enabled = users is not None
         if grants is not None and not self.enabled:
             raise StartupError("grants without users would let nobody in; give --users as well")
         self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
@@ -2186,8 +2241,8 @@ class Access:
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
         self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
         self._verified = Cache(1000)
-        self._failures = Cache(10_000)
-        self._hashing = threading.Lock()  # scrypt takes 16 MiB and a core: one at a time
+        self._queue = LoginQueue(max_logins)
+        self._hashing = threading.Lock()
 
     def permits(self, user: str | None, scope: Scope) -> bool:
         """Whether a user, or anybody for None, may do something."""
@@ -2195,8 +2250,8 @@ class Access:
             return True
         if scope == CATALOG:
             return user is not None or self.admits_anonymous()
-        if scope.kind != "repository" or scope.action not in ACTIONS:
-            return False
+        if scope.kind != "repository" or scope.action not in ACTIONS or len(scope.name) > NAME_LIMIT:
+            return False  # a pattern with several stars takes long for long names
         if self._anonymous_pull and scope.action == "pull":
             return True
         if self._grants is None:
@@ -2223,14 +2278,11 @@ class Access:
         """Whether a caller may do something: a token must say so, and what it says must still hold."""
         return (caller.scopes is None or scope in caller.scopes) and self.permits(caller.user, scope)
 
-    def identify(self, authorization: str, address: str, certified: str | None) -> Caller:
-        """Who a request is from: its Authorization header, or its connection's client certificate.
-
-        Raises UNAUTHORIZED if the header is no good, TOOMANYREQUESTS after too many failures.
-        """
+    def identify(self, authorization: str, address: str) -> Caller:
+        """Who an Authorization header says a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         method, _, credentials = authorization.partition(" ")
         if not self.enabled or not authorization:
-            return Caller(certified)
+            return Caller(None)
         if method.lower() == "bearer":
             return self._check_token(credentials.strip())
         if method.lower() == "basic":
@@ -2240,30 +2292,33 @@ class Access:
     def log_in(self, name: str, password: str, address: str) -> str:
         """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
 
-        What was right is remembered for a while, as a keyed hash, since checking takes its time.
+        What was right is remembered for a while, as a keyed hash, so that a user who comes back never waits.
         """
+        wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+        if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
+            raise wrong
         users = self._users.get() if self._users else {}
-        hashed, check = users.get(name, ("", check_dummy))
+        hashed, check = users.get(name, ("", None))
         proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
-        if self._verified.get(proof):
-            return name
-        with self._hashing:
-            self._check_failures(address, name)
-            if not check(password):
-                self._count_failure(address, name)
-                raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
+        if not self._verified.get(proof):
+            stand_in, network = self._stand_in(users, name), client_network(address)
+            with self._queue.turn(network, name):
+                if not self._verified.get(proof):  # nor was while this one waited
+                    with self._hashing:
+                        right = (check or stand_in)(password) and check is not None
+                    if not right:
+                        self._queue.fail(network)
+                        raise wrong
         self._verified.put(proof, True, PASSWORD_LIFETIME)
         return name
 
-    def _check_failures(self, address: str, name: str) -> None:
-        for key, limit in ((address, ADDRESS_FAILURE_LIMIT), ((address, name), FAILURE_LIMIT)):
-            if (self._failures.get(key) or 0) >= limit:
-                seconds = str(int(FAILURE_INTERVAL))
-                raise RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", seconds),))
+    def _stand_in(self, users: Users, name: str) -> Callable[[str], bool]:
+        """What to check passwords with for a name that is nobody's: a user's, so that time tells nothing.
 
-    def _count_failure(self, address: str, name: str) -> None:
-        for key in (address, (address, name)):
-            self._failures.put(key, (self._failures.get(key) or 0) + 1, FAILURE_INTERVAL)
+        It is always the same for the same name, since users need not all have hashes that take equally long.
+        """
+        checks = [check for _, check in users.values()] or [lambda _: False]
+        return checks[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(checks)]
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
         """A token for as much of what is requested as the user may do, as the token endpoint answers it.
@@ -2290,7 +2345,7 @@ class Access:
         if claims["aud"] != self.service or claims["exp"] <= time.time():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
         user = claims["sub"]
-        if self._users and not self._certificates and user is not None and user not in self._users.get():
+        if self._users and user is not None and user not in self._users.get():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
@@ -2328,52 +2383,52 @@ def parse_scope(text: str) -> list[Scope]:
 
 
 def load_key(path: str, *, create: bool) -> bytes:
-    """The key that signs tokens, made if there is none: tokens outlive a restart."""
-    if create and not os.path.lexists(path):
-        replace_file(f"{path}.{secrets.token_hex(8)}", path, secrets.token_bytes(32), exclusive=True)
+    """The key that signs tokens, made if there is none: tokens outlive a restart. Raises StartupError."""
     try:
-        with open(path, "rb", opener=no_follow) as file:
-            return file.read()
-    except FileNotFoundError:
         if create:
-            raise
-        return b""
+            with locked_directory(os.path.dirname(path)):
+                if not os.path.lexists(path):
+                    replace_file(path, secrets.token_bytes(32))
+        with open(path, "rb", opener=no_follow) as file:
+            key = file.read()
+    except FileNotFoundError:
+        return secrets.token_bytes(32)
+    except OSError as error:
+        raise StartupError(f"cannot use {path}: {error.strerror}; remove it if it is no file") from error
+    if len(key) < 32:
+        raise StartupError(f"{path} has fewer than 32 bytes, which can be guessed; remove it for a new one")
+    return key
 
 
-def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool = False) -> None:
-    """Write a private file in one step, durably; exclusive: unless there is one already."""
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def replace_file(path: str, content: bytes) -> None:
+    """Write a private file in one step, durably."""
+    temporary = f"{path}.{secrets.token_hex(8)}"
     try:
-        if exclusive:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
 class TLS:
     """Certificates, read again when they change."""
 
-    def __init__(self, certificate: str, key: str | None = None, client_ca: str | None = None) -> None:
+    def __init__(self, certificate: str, key: str | None = None) -> None:
         """Paths of PEM files. Raises StartupError."""
-        self._certificate, self._key, self._client_ca = certificate, key, client_ca
-        paths = [path for path in (certificate, key, client_ca) if path]
+        self._certificate, self._key = certificate, key
+        paths = [path for path in (certificate, key) if path]
         self._context = WatchedFiles(paths, self._load)
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self._certificate, self._key)
-        if self._client_ca:
-            context.load_verify_locations(self._client_ca)
-            context.verify_mode = ssl.CERT_OPTIONAL
         return context
 
     def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
@@ -2381,13 +2436,6 @@ class TLS:
         return self._context.get().wrap_socket(
             connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
         )
-
-
-def certified_user(connection: socket.socket) -> str | None:
-    """The common name of the client's certificate, if it showed one that is trusted."""
-    certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
-    subject: Any = (certificate or {}).get("subject", ())
-    return next((value for part in subject for name, value in part if name == "commonName"), None)
 
 
 # === Messages =========================================================================================
@@ -2716,6 +2764,9 @@ class Body:
         return self.done
 
 
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
 class Context(NamedTuple):
     """What requests are served from."""
 
@@ -2723,19 +2774,20 @@ class Context(NamedTuple):
     access: Access
     public_url: str | None = None  # how clients reach it, if they do not say
     secure: bool = False  # whether it speaks TLS itself
+    proxies: Sequence[Network] = ()  # those whose X-Forwarded headers are believed
 
 
 class Request:
     """One request as the handlers see it."""
 
-    def __init__(
-        self, context: Context, reader: SocketReader, address: str, certified: str | None = None
-    ) -> None:
-        """A request of which nothing is known yet but the client's address and certificate."""
+    def __init__(self, context: Context, reader: SocketReader, address: str) -> None:
+        """A request of which nothing is known yet but the address that it comes from."""
         self.context = context
         self.store = context.store
-        self.address, self.certified = address, certified
+        self.address = address
+        self.proxied = False  # whether it came from a trusted proxy
         self.caller = Caller(None)
+        self.wanted: Scope | None = None  # what a token must be good for
         self._reader = reader
         self.method = self.target = "-"
         self.path = self._query = ""
@@ -2748,6 +2800,7 @@ class Request:
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
+        self._look_behind_proxies()
         self.path, self._query = split_target(self.target, self.headers.get("host", ""))
         length = body_length(head)
         expectation = self.headers.get("expect", "").lower()
@@ -2765,23 +2818,40 @@ class Request:
         """A parameter's first value, or None."""
         return next(iter(self.parameters(name)), None) if self._query else None
 
+    def identify(self) -> Caller:
+        """Who makes the request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
+        return self.context.access.identify(self.headers.get("authorization", ""), self.address)
+
     def may_pull(self, repository: str) -> bool:
         """Whether whoever makes the request has the right to pull a repository."""
         return self.context.access.permits(self.caller.user, Scope("repository", repository, "pull"))
 
     def base_url(self) -> str:
-        """How the client reaches this registry, as far as it or a proxy says."""
+        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
         if self.context.public_url:
             return self.context.public_url.rstrip("/")
-        scheme = self._forwarded("x-forwarded-proto") or ("https" if self.context.secure else "http")
-        host = self._forwarded("x-forwarded-host") or self.headers.get("host", "")
-        if scheme not in ("http", "https") or not HOST.fullmatch(host):
-            raise RegistryError(ErrorCode.BAD_REQUEST, "no usable Host")
-        return f"{scheme}://{host}"
+        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
+        if self.proxied:
+            scheme = self._forwarded("x-forwarded-proto") or scheme
+            host = self._forwarded("x-forwarded-host") or host
+        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
 
     def _forwarded(self, name: str) -> str:
         """What the proxy nearest to the client says, if there is one."""
         return self.headers.get(name, "").partition(",")[0].strip()
+
+    def _look_behind_proxies(self) -> None:
+        """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
+        hops = self.headers.get("x-forwarded-for", "").split(",")
+        while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
+            self.proxied = True
+            try:
+                address = ipaddress.ip_address(hops.pop().strip())
+            except (IndexError, ValueError):
+                break
+            if getattr(address, "scope_id", None):  # could hold anything
+                break
+            self.address = str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def parse_parameters(query: str, name: str) -> list[str]:
@@ -2974,12 +3044,17 @@ def upload_start(request: Request, name: str) -> Reply:
 def mount_blob(request: Request, name: str, digest: str) -> bool:
     """Mount a blob from the repository that the query names, or from any that the caller may pull.
 
-    Whose token it is decides about the source: clients ask for one that is good for the target only.
+    For a source that is named it is enough whose token it is: some clients ask for one that is good for the
+    target only. One that the registry looks for must be in the token itself.
     """
-    source = request.parameter("from")
+    access, caller, source = request.context.access, request.caller, request.parameter("from")
+    if source is not None:
+        caller = Caller(caller.user)
     sources = request.store.repositories_with(digest, MOUNT_LIMIT) if source is None else [source]
     return any(
-        request.may_pull(candidate) and request.store.mount(name, digest, candidate) for candidate in sources
+        access.allows(caller, Scope("repository", candidate, "pull"))
+        and request.store.mount(name, digest, candidate)
+        for candidate in sources
     )
 
 
@@ -3154,9 +3229,9 @@ def referrer_list(request: Request, name: str, digest: str) -> Reply:
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
     require_access(request)
-    caller = identify(request, basic_challenge)
+    caller = request.identify()
     if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
 
 
@@ -3173,10 +3248,7 @@ def token_post(request: Request) -> Reply:
     }
     if values["grant_type"] != "password":
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
-    try:
-        user = request.context.access.log_in(values["username"], values["password"], request.address)
-    except RegistryError as error:
-        raise with_challenge(error, basic_challenge) from None
+    user = request.context.access.log_in(values["username"], values["password"], request.address)
     return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
 
 
@@ -3192,30 +3264,9 @@ def token_reply(request: Request, user: str | None, scopes: list[str], service: 
     if service and service != access.service:
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     if user is None and not access.admits_anonymous():
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), basic_challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
     return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
-
-
-def basic_challenge() -> str:
-    """Ask for a user name and password."""
-    return 'Basic realm="registry"'
-
-
-def with_challenge(error: RegistryError, challenge: Callable[[], str]) -> RegistryError:
-    """An error that tells the client how to log in, if that is what it is about."""
-    if error.code is ErrorCode.UNAUTHORIZED:
-        error.headers = (("WWW-Authenticate", challenge()),)
-    return error
-
-
-def identify(request: Request, challenge: Callable[[], str]) -> Caller:
-    """Who a request is from. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-    authorization = request.headers.get("authorization", "")
-    try:
-        return request.context.access.identify(authorization, request.address, request.certified)
-    except RegistryError as error:
-        raise with_challenge(error, challenge) from None
 
 
 # === Routes ===========================================================================================
@@ -3248,8 +3299,8 @@ ROUTES = (
     Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel, "push"),
     Route("GET", "/v2/<name>/blobs/<digest>", blob_get, "pull"),
     Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete, "delete"),
-    Route("GET", "/token", token_get, ""),
-    Route("POST", "/token", token_post, ""),
+    Route("GET", TOKEN_PATH, token_get, ""),
+    Route("POST", TOKEN_PATH, token_post, ""),
 )
 
 
@@ -3312,31 +3363,36 @@ def authorize(request: Request, action: str, name: str) -> None:
     """
     access = request.context.access
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    challenge = functools.partial(bearer_challenge, request, None if action == "login" else scope)
-    request.caller = caller = identify(request, challenge)
+    request.wanted = None if action == "login" else scope
+    request.caller = caller = request.identify()
     allowed = caller != Caller(None) if action == "login" else access.allows(caller, scope)
     if allowed:
         return
     if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
-        raise with_challenge(RegistryError(ErrorCode.UNAUTHORIZED), challenge)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
 
 
-def bearer_challenge(request: Request, scope: Scope | None) -> str:
-    """Where to get a token, and for what: whoever pushes will want to look at what is there as well."""
-    challenge = f'Bearer realm="{request.base_url()}/token",service="{request.context.access.service}"'
-    if scope is not None:
-        challenge += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
+def challenge(request: Request) -> str:
+    """How to log in: with a token, where that is to be had and for what, or for a token with a password."""
+    url, scope = request.base_url(), request.wanted
+    if request.path == TOKEN_PATH or not url:
+        return 'Basic realm="registry"'
+    value = f'Bearer realm="{url}{TOKEN_PATH}",service="{request.context.access.service}"'
+    if scope is not None:  # whoever pushes will want to look at what is there as well
+        value += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
     if request.caller.scopes is not None:  # or docker tries the same again and again
-        challenge += ',error="insufficient_scope"'
-    return challenge
+        value += ',error="insufficient_scope"'
+    return value
 
 
-def error_reply(error: Exception) -> Reply:
+def error_reply(error: Exception, request: Request | None = None) -> Reply:
     """The one place that turns an exception into a reply; what is nobody's fault but ours is logged."""
     if not isinstance(error, RegistryError):
         error = _translate(error)
-    headers = (("Content-Type", JSON), *error.headers)
+    headers = [("Content-Type", JSON), *error.headers]
+    if request and error.code is ErrorCode.UNAUTHORIZED:
+        headers.append(("WWW-Authenticate", challenge(request)))
     return Reply(error.code.status, headers, error.document())
 
 
@@ -3403,7 +3459,6 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _shake_hands(self) -> None:
         """Begin TLS, if that is spoken here: in this thread, so that only it waits for a silent client."""
-        self.certified = None
         if self.server.tls is None:
             return
         try:
@@ -3412,7 +3467,6 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.do_handshake()
         except (OSError, ValueError) as error:
             raise ClientGone from error
-        self.certified = certified_user(self.request)
 
     def finish(self) -> None:
         """Called by socketserver after handle, also when that failed."""
@@ -3431,7 +3485,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not data:
             return False
         self.idle_since, started = 0.0, time.perf_counter()
-        request = Request(self.server.context, self.reader, self.client_address[0], self.certified)
+        request = Request(self.server.context, self.reader, self.client_address[0])
         reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
@@ -3453,7 +3507,7 @@ class Connection(socketserver.BaseRequestHandler):
         except ClientGone:
             raise
         except Exception as error:  # whatever it is, the client gets an answer
-            return error_reply(error)
+            return error_reply(error, request)
 
     def _send(self, reply: Reply, *, bodiless: bool, keep: bool) -> None:
         """Send a reply, in one write when its body is small."""
@@ -3480,12 +3534,12 @@ class Connection(socketserver.BaseRequestHandler):
     def _log(self, request: Request, reply: Reply, started: float) -> None:
         if self.server.log is None:
             return
-        moment, client = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self.client_address[0]
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         milliseconds = (time.perf_counter() - started) * 1000
         agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
         target = CREDENTIALS.sub("//", request.target)
         self.server.log(
-            f"{moment} {client} {request.method} {target} {reply.status} {reply.length}"
+            f"{moment} {request.address} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"
         )
 
@@ -3689,9 +3743,9 @@ class Registry:
     grants: str | None = None  # the path of a file that says what they may do
     anonymous_pull: bool = False
     public_url: str | None = None  # how clients reach it, if they do not say
+    trusted_proxies: Sequence[str] = ()  # addresses or networks whose X-Forwarded headers are believed
     tls_cert: str | None = None  # paths of PEM files
     tls_key: str | None = None
-    tls_client_ca: str | None = None
     max_connections: int = MAX_CONNECTIONS
     log: Callable[[str], None] | None = None  # takes one line for each request
 
@@ -3752,9 +3806,9 @@ class Registry:
             ) from error
 
     def _check_options(self) -> None:
-        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
-            raise StartupError("a key or a CA for clients needs a certificate too; give --tls-cert")
-        if self.anonymous_pull and not (self.users or self.tls_client_ca):
+        if self.tls_key and not self.tls_cert:
+            raise StartupError("a key needs a certificate too; give --tls-cert")
+        if self.anonymous_pull and not self.users:
             raise StartupError(
                 "without users everybody may push as well; give --users, or leave anonymous pulls out"
             )
@@ -3764,8 +3818,10 @@ class Registry:
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
-            tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
-            context = Context(self.store, self._open_access(), self.public_url, secure=tls is not None)
+            tls = TLS(self.tls_cert, self.tls_key) if self.tls_cert else None
+            context = Context(
+                self.store, self._open_access(), self.public_url, tls is not None, self._parse_proxies()
+            )
             undo.pop_all()
         return Server(
             listener,
@@ -3776,22 +3832,22 @@ class Registry:
             log=self.log,
         )
 
+    def _parse_proxies(self) -> list[Network]:
+        try:
+            return [ipaddress.ip_network(text) for text in self.trusted_proxies]
+        except ValueError as error:
+            raise StartupError(f"{error}; name a proxy by its address or network, like 10.0.0.0/8") from None
+
     def _open_access(self) -> Access:
-        certificates = self.tls_client_ca is not None
-        if self._token_key is None and (self.users or certificates):
+        if self._token_key is None and self.users:
             path = os.path.join(self.store.files.root, "token.key")
-            try:
-                self._token_key = load_key(path, create=not self.read_only) or secrets.token_bytes(32)
-            except OSError as error:
-                raise StartupError(
-                    f"cannot use {path}: {error.strerror}; remove it if it is no file"
-                ) from error
+            self._token_key = load_key(path, create=not self.read_only)
         return Access(
             self.users,
             self.grants,
             anonymous_pull=self.anonymous_pull,
-            certificates=certificates,
             key=self._token_key or b"",
+            max_logins=max(self.max_connections // 2, 1),
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
@@ -3988,7 +4044,7 @@ def exposure_warnings(options: argparse.Namespace) -> list[str]:
     if options.host in ("localhost", "::1") or options.host.startswith("127."):
         return []
     warnings = []
-    if not (options.users or options.tls_client_ca or options.read_only):
+    if not (options.users or options.read_only):
         warnings.append("anybody who reaches this port can push, overwrite and delete images; see --users")
     if not options.tls_cert:
         warnings.append("passwords and images can be read and changed on their way; see --tls-cert")
@@ -4089,11 +4145,15 @@ def command_verify(options: argparse.Namespace) -> int:
 
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
-    if not re.fullmatch(r"[^\s:#](?:[^:]*[^\s:])?", options.name) or not options.name.isprintable():
-        raise StartupError("a user's name has no colon, no space around it, and does not begin with #")
-    line = None if options.delete else f"{options.name}:{hash_password(ask_password())}"
+    name, line = options.name, None
     try:
-        change_user(os.path.realpath(options.users), options.name, line)
+        if not options.delete:
+            if not re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", name) or not name.isprintable():
+                raise ValueError(
+                    f"a name has no white space, colon, # in front, or over {USER_LIMIT} characters"
+                )
+            line = f"{name}:{hash_password(ask_password())}"
+        change_user(os.path.realpath(options.users), name, line)
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot change {options.users}: {error}") from error
 
@@ -4101,12 +4161,12 @@ def command_passwd(options: argparse.Namespace) -> None:
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
     with locked_directory(os.path.dirname(path)):
-        text = Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+        text = Path(path).read_text(encoding="utf-8-sig") if os.path.exists(path) else ""
         lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
         if line is None and len(lines) == len(text.splitlines()):
             raise StartupError(f"there is no {name} in {path}")
         content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
-        replace_file(f"{path}.{secrets.token_hex(8)}", path, content.encode("utf-8"))
+        replace_file(path, content.encode("utf-8"))
 
 
 def ask_password() -> str:
@@ -4117,8 +4177,8 @@ def ask_password() -> str:
             raise StartupError("the two are not the same; try again")
     else:
         password = sys.stdin.readline().rstrip("\r\n")
-    if not password:
-        raise StartupError("a password must not be empty")
+    if not 0 < len(password) <= PASSWORD_LIMIT or "\0" in password:
+        raise StartupError(f"a password has 1 to {PASSWORD_LIMIT} characters, and no NUL")
     return password
 
 
@@ -4218,11 +4278,11 @@ SERVE_OPTIONS = (
     ("--users", "let only the users of this htpasswd file in; see the command passwd", {"metavar": "FILE"}),
     ("--grants", "what they may do: lines of who, repositories, actions", {"metavar": "FILE"}),
     ("--anonymous-pull", "let everybody pull", {"action": "store_true"}),
+    ("--trusted-proxy", "believe the X-Forwarded headers of this address or network; may be repeated",
+        {"action": "append", "dest": "trusted_proxies", "default": [], "metavar": "ADDR"}),
     ("--public-url", "how clients reach this registry, if a proxy does not say", {"metavar": "URL"}),
     ("--tls-cert", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
     ("--tls-key", "its private key, if that is in another file", {"metavar": "FILE"}),
-    ("--tls-client-ca", "let clients in whose certificate this CA has signed; its name is the user",
-        {"metavar": "FILE"}),
     ("--quiet", "no access log on standard error", {"action": "store_true"}),
 )
 COMMANDS = (

@@ -13,7 +13,8 @@ from tests.support import Body, Client, Response
 
 def users_line(name: str, password: str) -> str:
     """A line of a users file, with the hash that takes least time to check."""
-    return f"{name}:{{SHA}}{base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()}\n"
+    value = hashlib.scrypt(password.encode(), salt=b"salt", n=2, r=8, p=1, dklen=32)
+    return f"{name}:$scrypt$ln=1,r=8,p=1$c2FsdA${base64.b64encode(value).decode().rstrip('=')}\n"
 
 
 def basic(name: str, password: str) -> str:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ class TableTest(AccessTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(FAILURE_LIMIT=10**6, ADDRESS_FAILURE_LIMIT=10**6, SCRYPT_LN=2)
+        self.patch(FAILURE_DELAY=0.0)
 
     def test_with_grants(self) -> None:
         self.check({None: NOTHING, "stranger": NOTHING, "puller": frozenset(("pull",)),
@@ -370,6 +371,21 @@ class GrantsTest(AccessTestCase):
         for mine in (client, by_token):
             self.assert_error(mine.get("tags/list"), 403, "DENIED")
 
+    def test_nothing_is_granted_of_names_too_long_to_be_repositories(self) -> None:
+        """However many stars there are in a pattern: matching it takes long for them."""
+        self.grants.write_text("puller **a**b pull\n* ** pull\n")
+        access = registry.Access(str(self.users), str(self.grants))
+        for name, allowed in (("a" * 255, True), ("a" * 256, False), ("a" * 60_000, False)):
+            self.assertEqual(access.permits("stranger", registry.Scope("repository", name, "pull")), allowed)
+            token = access.issue_token("stranger", registry.parse_scope(f"repository:{name}:pull"))["token"]
+            self.assertEqual(len(claims_of(token)["access"]), int(allowed))
+
+    def test_a_byte_order_mark_is_skipped(self) -> None:
+        self.users.write_text("\ufeff" + users_line("bob", "x") + users_line("puller", "puller's"), "utf-8")
+        client = self.serve("\ufeffbob ** pull\n")
+        self.assertEqual(self.may_pull(client.as_caller(basic("bob", "x")), "a"), ["a"])
+        self.assertEqual(self.may_pull(client.as_caller(user("puller")), "a"), [])
+
     def test_malformed_grants_keep_it_from_starting(self) -> None:
         for rest in ("", " **", " ** pull push", " ** fly", " ** pull,", " ** *"):
             with self.subTest(rest), self.assertRaisesRegex(registry.StartupError, "line 2"):
@@ -427,7 +443,24 @@ class GrantsTest(AccessTestCase):
                 self.assert_status(pusher.post(f"blobs/uploads/?{query}"), 202)
                 self.assert_error(pusher.get(f"blobs/{digest}"), 404)
 
-    def test_a_mount_by_token(self) -> None:
+    def test_a_mount_from_anywhere_needs_the_source_in_the_token(self) -> None:
+        self.data.path.mkdir()
+        digest = self.serve_anybody().at("shared/x").push_blob(b"mounted")
+        client = self.serve("pusher team/* pull,push\npusher shared/* pull\n").as_caller(user("pusher"))
+        target, source = "repository:team/app:pull,push", "repository:shared/x:pull"
+        path = f"blobs/uploads/?mount={digest}"
+        for scopes, status in (
+            ([target], 202),
+            ([target, "repository:shared/y:pull"], 202),
+            ([target, "repository:shared/x:push"], 202),
+            ([target, source], 201),
+        ):
+            with self.subTest(scopes):
+                self.assert_status(client.as_caller(client.bearer(*scopes)).post(path), status)
+        client.delete(f"blobs/{digest}")
+        self.assert_status(client.post(path), 201)
+
+    def test_a_mount_from_a_named_source_by_token(self) -> None:
         """A token for the target is enough, since it says whose it is; somebody else's is not."""
         self.data.path.mkdir()
         digest = self.serve_anybody().at("shared/x").push_blob(b"mounted")
@@ -640,6 +673,20 @@ class TokenTest(AccessTestCase):
         self.assertGreaterEqual(len(path.read_bytes()), 32)
         self.assertNotIn(path.read_bytes()[:8].hex(), "".join(self.log))
 
+    def test_a_key_that_can_be_guessed_keeps_it_from_starting(self) -> None:
+        self.data.path.mkdir()
+        for content in (b"", b"x" * 31):
+            for read_only in (False, True):
+                with self.subTest(content, read_only=read_only):
+                    if read_only:
+                        self.serve_anybody()
+                    (self.data.path / "token.key").write_bytes(content)
+                    with self.assertRaisesRegex(registry.StartupError, r"\A[^\n]*token\.key[^\n]*\Z"):
+                        self.serve(read_only=read_only)
+        (self.data.path / "token.key").write_bytes(b"x" * 32)
+        self.serve()
+        self.assertEqual(self.key(), b"x" * 32)
+
     def test_daemons_that_start_at_once_agree_on_the_key(self) -> None:
         self.data.path.mkdir()
         running = [
@@ -658,8 +705,8 @@ class TokenTest(AccessTestCase):
             self.assert_error(client.request(method, "/token"), 404)
         self.assertFalse((self.data.path / "token.key").exists())
 
-    def test_where_the_realm_is(self) -> None:
-        client = self.serve()
+    def test_where_the_realm_is_behind_a_trusted_proxy(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
         for headers, realm in (
             ({}, f"http://{client.host}/token"),
             ({"X-Forwarded-Proto": "https"}, f"https://{client.host}/token"),
@@ -674,14 +721,22 @@ class TokenTest(AccessTestCase):
                 challenge = client.get("/v2/", headers).headers["WWW-Authenticate"]
                 self.assertIn(f'realm="{realm}"', challenge)
 
-    def test_the_public_url_goes_before_what_a_client_says(self) -> None:
-        client = self.serve(public_url="https://hub.example/")
+    def test_where_the_realm_is_is_nothing_for_others_to_say(self) -> None:
+        for proxies in ([], ["127.0.0.2", "10.0.0.0/8", "::1"]):
+            client = self.serve(trusted_proxies=proxies)
+            response = client.get("/v2/", {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example"})
+            self.assert_challenge(response, client.host)
+
+    def test_the_public_url_goes_before_what_a_proxy_says(self) -> None:
+        client = self.serve(public_url="https://hub.example/", trusted_proxies=["127.0.0.1"])
         challenge = client.get("/v2/", {"X-Forwarded-Host": "evil.example"}).headers["WWW-Authenticate"]
         self.assertIn('realm="https://hub.example/token"', challenge)
 
     def test_nothing_can_be_added_to_a_challenge(self) -> None:
-        client = self.serve()
-        challenge = re.compile(r'Bearer realm="https?://[\w.:\[\]-]+/token",service="[\w-]+"')
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        challenge = re.compile(
+            r'Bearer realm="https?://[\w.:\[\]-]+/token",service="[\w-]+"|Basic realm="registry"'
+        )
         for value in (
             'a"',
             'a",scope="x',
@@ -713,21 +768,18 @@ class TokenTest(AccessTestCase):
         response = client.as_caller(user("puller")).get("/v2/", {"X-Forwarded-Proto": "wss"})
         self.assert_status(response, 200)
 
+    def test_whoever_says_no_host_is_asked_for_a_password(self) -> None:
+        with RawConnection(self.serve().host) as connection:
+            response = connection.send(b"GET /v2/ HTTP/1.0\r\n\r\n").read()
+            self.assert_error(response, 401, "UNAUTHORIZED")
+            self.assertEqual(response.headers["WWW-Authenticate"], 'Basic realm="registry"')
+
 
 # === Users ===
 
-KNOWN_HASHES = (  # made with openssl passwd -apr1, and published test vectors
-    ("secret", "$apr1$0123abcd$rX764cjRkAHh0oXJdi2EX0"),
-    ("", "$apr1$0123abcd$5CfKTUzx/RwoJidpYir71/"),
-    ("a", "$apr1$0123abcd$W7om0TbLhldTqkociSB1Q."),
-    ("a password of more than sixteen bytes", "$apr1$0123abcd$ctWuIFbuaS/dj7EhszBjr0"),
-    ("p\xe4ssword 1", "$apr1$0123abcd$3.NU4Rq9leqd1vzVqQkzj1"),
-    ("secret", "$apr1$x$12YdXEY0/hH4rDNkmZupO0"),
-    ("p\xe4ssword 1", "{SHA}wBFJYYjnh5eS5Eft5JORpd7Gkko="),
-    (
-        "pleaseletmein",
-        "$scrypt$ln=14,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf046/2o+7qQT44+qbVD9lRdofI",
-    ),
+SCRYPT = (  # a published test vector
+    "pleaseletmein",
+    "$scrypt$ln=14,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf046/2o+7qQT44+qbVD9lRdofI",
 )
 BCRYPT = ("U*U", "$2y$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW")
 
@@ -743,7 +795,7 @@ class UsersTest(AccessTestCase):
         return client.as_caller(basic(name, password)).get("/v2/").status
 
     def test_hashes_that_people_have(self) -> None:
-        hashes = KNOWN_HASHES + ((BCRYPT,) if has_bcrypt() else ())
+        hashes = (SCRYPT, BCRYPT) if has_bcrypt() else (SCRYPT,)
         for password, hashed in hashes:
             with self.subTest(hashed):
                 check = registry.password_check(hashed)
@@ -756,6 +808,26 @@ class UsersTest(AccessTestCase):
             self.assertEqual(self.log_in(client, f"u{number}", password), 200)
             self.assertEqual(self.log_in(client, f"u{number}", password + "x"), 401)
 
+    def test_a_password_ends_where_it_ends(self) -> None:
+        """crypt(3) looks no further than a NUL, and HMAC, which is in scrypt, ignores some at the end."""
+        hashes = [SCRYPT, BCRYPT] if has_bcrypt() else [SCRYPT]
+        for password, hashed in hashes:
+            self.users.write_text(f"bob:{hashed}\n")
+            client = self.serve()
+            for end in ("\0", "\0\0", "\0more"):
+                self.assertEqual(self.log_in(client, "bob", password + end), 401)
+            self.assertEqual(self.log_in(client, "bob", password), 200)
+
+    def test_long_names_and_passwords_are_refused_unread(self) -> None:
+        name, password = "n" * 256, "p" * 4097
+        self.users.write_text(users_line(name, "x") + users_line("bob", password) + users_line("fits", "x"))
+        client = self.serve()
+        with mock.patch.object(registry.hashlib, "scrypt", wraps=registry.hashlib.scrypt) as scrypt:
+            self.assertEqual(self.log_in(client, name, "x"), 401)
+            self.assertEqual(self.log_in(client, "bob", password), 401)
+            self.assertEqual(scrypt.call_count, 0)
+        self.assertEqual(self.log_in(client, "fits", "x"), 200)
+
     @unittest.skipUnless(has_bcrypt(), "no crypt(3) that knows bcrypt")
     def test_bcrypt_is_checked_by_many_threads_at_once(self) -> None:
         check = registry.password_check(BCRYPT[1])
@@ -765,6 +837,8 @@ class UsersTest(AccessTestCase):
     def test_a_hash_that_cannot_be_checked_keeps_it_from_starting(self) -> None:
         bad = (
             "hunter2", "", "{SSHA}bm90aGluZw==", "{PLAIN}hunter2", "abJnggxhB/yWI", "$2y$", "*", "$unknown$x",
+            "{SHA}wBFJYYjnh5eS5Eft5JORpd7Gkko=", "$apr1$0123abcd$W7om0TbLhldTqkociSB1Q.",
+            "$2y$31$" + "a" * 53, "$2y$05$" + "a" * 52,
             "$argon2id$v=19$m=1,t=1,p=1$aa$bb", "$scrypt$ln=14,r=8,p=1$AA", "$scrypt$ln=99,r=8,p=1$AAAA$AAAA",
             "$scrypt$ln=0,r=8,p=1$AAAA$AAAA", "$scrypt$ln=30,r=8,p=1$AAAA$AAAA",
         )  # fmt: skip
@@ -782,8 +856,14 @@ class UsersTest(AccessTestCase):
                 with self.assertRaises(registry.StartupError):
                     self.serve()
 
+    def test_a_user_who_is_there_twice_keeps_it_from_starting(self) -> None:
+        self.users.write_text(users_line("bob", "x") + "#\n" + users_line("al", "x") + users_line("bob", "y"))
+        with self.assertRaisesRegex(registry.StartupError, "line 4.* bob"):
+            self.serve()
+
     def test_an_absent_file_keeps_it_from_starting(self) -> None:
-        done = python("registry.py", "--data", str(self.data.path), "--users", str(self.directory / "none"))
+        options = ("--port", "0", "--data", str(self.data.path), "--users", str(self.directory / "none"))
+        done = python("registry.py", *options)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("none", done.stderr)
         self.assertNotIn("Traceback", done.stderr)
@@ -839,15 +919,41 @@ class UsersTest(AccessTestCase):
             self.assertEqual(self.log_in(client, "puller", "right"), 200)
         self.assertEqual(check.call_count, 2)
 
+    def test_a_password_in_use_stays_remembered(self) -> None:
+        check = mock.Mock(return_value=True)
+        self.resources.enter_context(mock.patch.object(registry, "password_check", lambda _hashed: check))
+        access = registry.Access(str(self.users))
+        for moment in range(0, 20_000, 3_000):
+            with mock.patch.object(registry.time, "monotonic", return_value=float(moment)):
+                self.assertEqual(access.log_in("puller", "x", "127.0.0.1"), "puller")
+        self.assertEqual(check.call_count, 1)
+
     def test_a_name_that_does_not_exist_takes_as_long_as_one_that_does(self) -> None:
+        """Whatever the users' hashes cost, and always the same for the same name."""
+        self.patch(FAILURE_DELAY=0.0)
+        salted = "r=8,p=1$c2FsdA$" + "A" * 43
+        self.users.write_text("".join(f"u{n}:$scrypt$ln={n % 3 + 2},{salted}\n" for n in range(12)))
+        access = registry.Access(str(self.users), key=b"k" * 32)
+        costs: dict[str, set[int]] = {}
         with mock.patch.object(registry.hashlib, "scrypt", wraps=registry.hashlib.scrypt) as scrypt:
-            self.users.write_text(f"bob:{registry.hash_password('x')}\n")
-            client = self.serve()
-            before = scrypt.call_count
-            self.assertEqual(self.log_in(client, "bob", "wrong"), 401)
-            self.assertEqual(self.log_in(client, "nobody", "wrong"), 401)
-            arguments = [call[1] for call in scrypt.call_args_list[before:]]
-            self.assertEqual([(each["n"], each["r"], each["p"]) for each in arguments], [(1 << 14, 8, 1)] * 2)
+            for name in [f"{kind}{n}" for kind in ("u", "nobody") for n in range(12)] * 2:
+                before = scrypt.call_count
+                with self.assertRaises(registry.RegistryError):
+                    access.log_in(name, "wrong", "127.0.0.1")
+                self.assertEqual(scrypt.call_count, before + 1)
+                costs.setdefault(name, set()).add(scrypt.call_args[1]["n"])
+        self.assertEqual({len(cost) for cost in costs.values()}, {1}, "not the same at every try")
+        strangers = set().union(*(cost for name, cost in costs.items() if name.startswith("nobody")))
+        self.assertEqual(strangers, {4, 8, 16})
+
+    def test_a_name_that_does_not_exist_has_no_password(self) -> None:
+        """Not even that of the user with whose hash it is compared for the time it takes."""
+        self.users.write_text(users_line("puller", "x"))
+        client = self.serve()
+        for name in ("nobody", "", "Puller"):
+            self.assertEqual(self.log_in(client, name, "x"), 401)
+        self.change(self.users, "# nobody at all\n")
+        self.assertEqual(self.log_in(client, "puller", "x"), 401)
 
     def test_secrets_are_compared_in_constant_time(self) -> None:
         """By inspection: what checks a password or signature leaves the comparison to hmac."""
@@ -861,68 +967,313 @@ class UsersTest(AccessTestCase):
                 self.assertNotRegex(ast.unparse(node), r"(?i)password|secret|proof|hashed")
 
 
+class TrustedProxyTest(AccessTestCase):
+    """Whose requests they are that come from a proxy."""
+
+    def logged(self, forwarded: str, *proxies: str) -> str:
+        """The address in the access log for a request from 127.0.0.1 with this X-Forwarded-For."""
+        client = self.serve(users=None, trusted_proxies=proxies)
+        with RawConnection(client.host) as connection:
+            parts = forwarded.split("|")
+            connection.request("GET", "/v2/", *(f"X-Forwarded-For: {part}" for part in parts)).read()
+        self.registry.close()
+        return self.log[-1].split(" ")[1]
+
+    def test_the_log_names_the_client_behind_it(self) -> None:
+        here = "127.0.0.1"
+        for forwarded, proxies, address in (
+            ("203.0.113.7", [here], "203.0.113.7"),
+            ("203.0.113.7", ["127.0.0.0/8"], "203.0.113.7"),
+            ("2001:db8::7", ["::/0", here], "2001:db8::7"),
+            ("2001:0DB8:0::7", [here], "2001:db8::7"),
+            ("::ffff:203.0.113.7", [here], "203.0.113.7"),
+            ("198.51.100.1, 203.0.113.7", [here], "203.0.113.7"),
+            ("198.51.100.1,203.0.113.7, 10.0.0.9", [here, "10.0.0.0/8"], "203.0.113.7"),
+            ("198.51.100.1|203.0.113.7|10.0.0.9", [here, "10.0.0.0/8"], "203.0.113.7"),
+            ("10.0.0.8, 10.0.0.9", [here, "10.0.0.0/8"], "10.0.0.8"),
+        ):
+            with self.subTest(forwarded, proxies=proxies):
+                self.assertEqual(self.logged(forwarded, *proxies), address)
+
+    def test_what_is_no_address_ends_the_search(self) -> None:
+        for forwarded in (
+            "", "unknown", "203.0.113.7,", "203.0.113.7, x", "203.0.113.7:80", "256.1.1.1", "fe80::1%a b",
+            "203.0.113.7, fe80::1%\x1b[31m", "1" * 5000, "," * 5000,
+        ):  # fmt: skip
+            with self.subTest(forwarded[:20]):
+                self.assertEqual(self.logged(forwarded, "127.0.0.1", "fe80::/10"), "127.0.0.1")
+
+    def test_others_are_not_believed(self) -> None:
+        for proxies in ([], ["127.0.0.2"], ["::/0"], ["203.0.113.7"]):
+            with self.subTest(proxies):
+                self.assertEqual(self.logged("203.0.113.7", *proxies), "127.0.0.1")
+
+    def test_what_is_no_network_keeps_it_from_starting(self) -> None:
+        for text in ("", "proxy.example", "10.0.0.1/8", "10.0.0.0/33", "::1/129"):
+            with self.subTest(text), self.assertRaises(registry.StartupError):
+                self.serve(trusted_proxies=[text])
+
+    def test_the_command_line_takes_several(self) -> None:
+        options = registry.build_parser().parse_args(
+            ["--trusted-proxy", "::1", "--trusted-proxy", "10.0.0.0/8"]
+        )
+        self.assertEqual(options.trusted_proxies, ["::1", "10.0.0.0/8"])
+        self.assertEqual(registry.build_parser().parse_args([]).trusted_proxies, [])
+
+
 class FailureTest(AccessTestCase):
-    """Those who guess passwords are made to wait."""
+    """Those who guess passwords are slowed down, and nobody else is."""
 
-    def guess(self, client: AuthorizedClient, name: str, password: str) -> Response:
-        return client.as_caller(basic(name, password)).get("/v2/")
+    def setUp(self) -> None:
+        super().setUp()
+        self.slept: list[float] = []
+        self.resources.enter_context(mock.patch.object(registry.time, "sleep", self.slept.append))
 
-    def assert_told_to_wait(self, response: Response) -> None:
-        self.assert_error(response, 429, "TOOMANYREQUESTS")
-        self.assertGreater(int(response.headers["Retry-After"]), 0)
+    def guess(self, client: AuthorizedClient, name: str, password: str, address: str = "") -> Response:
+        headers = {"X-Forwarded-For": address} if address else {}
+        return client.as_caller(basic(name, password)).get("/v2/", headers)
 
-    def test_too_many_failures_for_a_user(self) -> None:
+    def test_who_knows_the_password_gets_in_however_often_others_failed(self) -> None:
         client = self.serve()
-        self.assert_status(self.guess(client, "pusher", "pusher's"), 200)
-        for _ in range(registry.FAILURE_LIMIT):
-            self.assert_status(self.guess(client, "puller", "wrong"), 401)
-        for password in ("wrong", "puller's"):
-            self.assert_told_to_wait(self.guess(client, "puller", password))
-        body = b"grant_type=password&username=puller&password=wrong"
-        self.assert_told_to_wait(client.post("/token", body))
-        for name in ("pusher", "deleter"):
+        for number in range(120):
+            self.assert_status(
+                self.guess(client, "puller" if number % 2 else f"nobody{number}", "wrong"), 401
+            )
+        for name in USERS:
+            before = len(self.slept)
             self.assert_status(self.guess(client, name, f"{name}'s"), 200)
+            self.assertEqual(len(self.slept), before)
 
-    def test_one_who_is_logged_in_is_not_locked_out_by_others_guesses(self) -> None:
-        client = self.serve()
-        self.assert_status(self.guess(client, "puller", "puller's"), 200)
-        for _ in range(registry.FAILURE_LIMIT + 1):
-            self.guess(client, "puller", "wrong")
-        self.assert_status(self.guess(client, "puller", "puller's"), 200)
-
-    def test_too_many_failures_from_an_address(self) -> None:
-        self.patch(ADDRESS_FAILURE_LIMIT=5)
-        client = self.serve()
-        for number in range(5):
-            self.assert_status(self.guess(client, f"nobody{number}", "x"), 401)
-        self.assert_told_to_wait(self.guess(client, "puller", "puller's"))
+    def test_failures_are_answered_later_and_later(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        for number in range(30):
+            self.assert_status(self.guess(client, f"nobody{number}", "x", "203.0.113.7"), 401)
+        self.assertEqual(self.slept[:5], [0.0] * 5)
+        self.assertEqual(self.slept, sorted(self.slept))
+        self.assertEqual((self.slept[5], self.slept[-1]), (0.2, 2.0))
+        body = b"grant_type=password&username=puller&password=wrong"
+        self.assert_status(client.post("/token", body, {"X-Forwarded-For": "203.0.113.7"}), 401)
+        self.assertEqual(self.slept.pop(), 2.0)
+        self.guess(client, "puller", "x", "203.0.113.8")
+        self.assertEqual(self.slept.pop(), 0.0)
 
     def test_failures_are_forgotten(self) -> None:
-        self.patch(FAILURE_INTERVAL=0.3)
+        self.patch(FAILURE_INTERVAL=0.0)
         client = self.serve()
-        for _ in range(registry.FAILURE_LIMIT + 1):
-            last = self.guess(client, "puller", "wrong")
-        self.assert_status(last, 429)
-        deadline = time.monotonic() + TIMEOUT
-        while self.guess(client, "puller", "puller's").status == 429 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self.assert_status(self.guess(client, "puller", "puller's"), 200)
+        for _ in range(20):
+            self.guess(client, "puller", "wrong")
+        self.assertEqual(set(self.slept), {0.0})
 
-    def test_guesses_made_at_once_count_too(self) -> None:
+    def test_clients_of_ipv6_are_told_apart_by_64_bits(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        for number in range(20):
+            self.guess(client, "puller", "wrong", f"2001:db8:0:1:{number:x}::1")
+        self.assertEqual(self.slept[-1], 2.0)
+        for address in ("2001:db8:0:2::1", "2001:db8:1:1::1", "::1"):
+            self.guess(client, "puller", "wrong", address)
+            self.assertEqual(self.slept[-1], 0.0)
+
+    def test_guesses_made_at_once_are_slowed_down_too(self) -> None:
+        """One at a time is looked at, from the start of its check until it is answered."""
         client = self.serve()
-        check = mock.Mock(return_value=False, side_effect=lambda _password: bool(time.sleep(0.02)))
-        with mock.patch.object(self.registry.server.context.access._users, "_value", {"puller": ("", check)}):
-            run_at_once(*[lambda n=n: self.guess(client, "puller", f"{n}") for n in range(40)])
-        self.assertEqual(check.call_count, registry.FAILURE_LIMIT)
+        busy: list[int] = [0]
+
+        def occupy(*_: Any) -> bool:
+            busy.append(busy[-1] + 1)
+            threading.Event().wait(0.001)
+            busy.append(busy[-1] - 1)
+            return False
+
+        with mock.patch.object(registry.time, "sleep", occupy):
+            users = {"puller": ("", occupy)}
+            with mock.patch.object(self.registry.server.context.access._users, "_value", users):
+                run_at_once(*[lambda n=n: self.guess(client, "puller", f"{n}") for n in range(40)])
+        self.assertEqual(len(busy), 1 + 40 * 2 * 2)
+        self.assertEqual(max(busy), 1)
+
+    def test_one_password_is_hashed_at_a_time(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        busy: list[int] = [0]
+
+        def check(_password: str) -> bool:
+            busy.append(busy[-1] + 1)
+            threading.Event().wait(0.002)
+            busy.append(busy[-1] - 1)
+            return False
+
+        users = {"puller": ("", check)}
+        with mock.patch.object(self.registry.server.context.access._users, "_value", users):
+            run_at_once(*[lambda n=n: self.guess(client, "puller", "x", f"203.0.113.{n}") for n in range(20)])
+        self.assertEqual((len(busy), max(busy)), (41, 1))
+
+    def test_guesses_elsewhere_do_not_keep_others_waiting(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        checks: list[str] = []
+        begun = threading.Event()
+
+        def check(password: str) -> bool:
+            checks.append(password)
+            if len(checks) > 5:
+                begun.set()
+            threading.Event().wait(0.005)
+            return password == "right"
+
+        def log_in() -> int:
+            begun.wait(TIMEOUT)
+            before = len(checks)
+            self.assert_status(self.guess(client, "puller", "right", "203.0.113.8"), 200)
+            return len(checks) - before
+
+        users = {"puller": ("", check)}
+        with mock.patch.object(self.registry.server.context.access._users, "_value", users):
+            guesses = [lambda n=n: self.guess(client, "puller", f"{n}", "203.0.113.7") for n in range(150)]
+            waited, *replies = run_at_once(log_in, *guesses)
+        self.assertLess(waited, 50)
+        self.assertEqual({reply.status for reply in replies}, {401})
+
+    def test_those_who_log_in_alike_are_hashed_once(self) -> None:
+        check = mock.Mock(side_effect=lambda _password: not threading.Event().wait(0.05))
+        client = self.serve()
+        users = {"puller": ("hash", check)}
+        with mock.patch.object(self.registry.server.context.access._users, "_value", users):
+            replies = run_at_once(*[lambda: self.guess(client, "puller", "right")] * 30)
+        self.assertEqual({reply.status for reply in replies}, {200})
+        self.assertEqual(check.call_count, 1)
 
     def test_a_worthless_token_is_no_guess(self) -> None:
         client = self.serve()
-        for _ in range(registry.FAILURE_LIMIT + 5):
+        for _ in range(20):
             self.assert_status(client.as_caller("Bearer a.b.c").get("/v2/"), 401)
+        self.assertEqual(self.slept, [])
+
+    def test_nothing_is_kept_of_the_names_that_failed(self) -> None:
+        client = self.serve()
+        for number in range(20):
+            self.guess(client, f"{number}".ljust(255, "x"), "wrong")
+        access = self.registry.server.context.access
+        self.assertEqual(list(access._queue._failures._things), ["127.0.0.1"])
+        self.assertEqual((access._queue._waiting, access._verified._things), ({}, {}))
+
+    def test_what_has_expired_is_dropped(self) -> None:
+        cache = registry.ExpiringCache(10)
+        for moment, key in enumerate("abcdef"):
+            with mock.patch.object(registry.time, "monotonic", return_value=float(moment)):
+                cache.put(key, key, 2.5)
+                self.assertEqual(list(cache._things), list("abcdef"[max(moment - 2, 0) : moment + 1]))
+
+
+class LoginQueueTest(unittest.TestCase):
+    """Whose turn it is."""
+
+    def setUp(self) -> None:
+        self.queue = registry.LoginQueue(100)
+        self.order: list[str] = []
+        self.threads: list[threading.Thread] = []
+
+    def attempt(self, address: str, name: str, label: str) -> None:
+        """Begin an attempt in a thread of its own, and see it wait or be over."""
+
+        def run() -> None:
+            try:
+                with self.queue.turn(address, name):
+                    self.order.append(label)
+            except registry.RegistryError as error:
+                self.assertIs(error.code, registry.ErrorCode.TOOMANYREQUESTS)
+                self.order.append(f"{label} refused")
+
+        waiting = self.waiting()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        deadline = time.monotonic() + TIMEOUT
+        while label not in self.order and self.waiting() <= waiting and time.monotonic() < deadline:
+            if any(text.endswith("refused") for text in self.order):
+                break
+            thread.join(0.001)
+
+    def waiting(self) -> int:
+        return sum(map(len, self.queue._waiting.values()))
+
+    def finish(self) -> list[str]:
+        for thread in self.threads:
+            thread.join(TIMEOUT)
+        return self.order
+
+    def test_names_that_fewest_wait_for_and_the_newest_go_first(self) -> None:
+        with self.queue.turn("a", "ci"):
+            for name, label in (("ci", "1"), ("bob", "2"), ("ci", "3"), ("alice", "4"), ("ci", "5")):
+                self.attempt("a", name, label)
+            self.assertEqual(self.order, [])
+        self.assertEqual(self.finish(), ["4", "2", "5", "3", "1"])
+        self.assertEqual(self.queue._waiting, {})
+
+    def test_addresses_do_not_wait_for_one_another(self) -> None:
+        with self.queue.turn("a", "ci"):
+            self.attempt("a", "ci", "1")
+            self.attempt("b", "ci", "2")
+            self.assertEqual(self.order, ["2"])
+        self.assertEqual(self.finish(), ["2", "1"])
+
+    def test_the_address_with_most_attempts_loses_the_oldest(self) -> None:
+        with (
+            mock.patch.object(self.queue, "_limit", 6),
+            self.queue.turn("b", "x"),
+            self.queue.turn("a", "x"),
+        ):
+            for address, name, label in (
+                ("a", "alice", "1"),
+                ("a", "ci", "2"),
+                ("a", "ci", "3"),
+                ("b", "ci", "4"),
+            ):
+                self.attempt(address, name, label)
+            self.attempt("c", "alice", "5")
+            self.threads[1].join(TIMEOUT)
+            self.threads[-1].join(TIMEOUT)
+            self.assertEqual(sorted(self.order), ["2 refused", "5"])
+        self.assertEqual(sorted(self.finish()), ["1", "2 refused", "3", "4", "5"])
+
+    def test_there_is_a_limit_for_as_many_addresses_too(self) -> None:
+        with (
+            mock.patch.object(self.queue, "_limit", 2),
+            self.queue.turn("a", "x"),
+            self.queue.turn("b", "x"),
+        ):
+            self.attempt("c", "x", "1")
+            self.threads[0].join(TIMEOUT)
+            self.assertEqual(self.order, ["1 refused"])
+            self.attempt("a", "x", "2")
+            self.assertEqual(self.finish(), ["1 refused", "2 refused"])
+        self.assertEqual(self.queue._waiting, {})
+
+    def test_addresses_that_are_slowed_down_leave_room(self) -> None:
+        with (
+            mock.patch.object(self.queue, "_limit", 2),
+            mock.patch.object(registry.time, "sleep") as sleep,
+        ):
+            with self.queue.turn("a", "x"):
+                self.queue.fail("a")
+                self.assertEqual(sleep.call_count, 1)
+                with self.queue.turn("b", "x"):
+                    self.queue.fail("b")
+            self.assertEqual(sleep.call_count, 1)
 
 
 class SecrecyTest(AccessTestCase):
     SECRET: ClassVar = "correct-horse-battery"
+
+    @unittest.skipUnless(os.name == "posix", "needs permissions")
+    def test_a_data_directory_that_it_makes_is_its_owners_alone(self) -> None:
+        old = os.umask(0o022)
+        self.addCleanup(os.umask, old)
+        new = self.directory / "parent" / "data"
+        self.serve(data=str(new))
+        self.assertEqual(new.stat().st_mode & 0o777, 0o700)
+        self.assertEqual(new.parent.stat().st_mode & 0o777, 0o755)
+        self.data.path.mkdir(mode=0o750)
+        self.serve()
+        self.assertEqual(self.data.path.stat().st_mode & 0o777, 0o750)
+        self.assertEqual((self.data.path / "blobs").stat().st_mode & 0o777, 0o755)
 
     def test_no_secret_reaches_a_log(self) -> None:
         with contextlib.redirect_stderr(_Discard()) as errors:
@@ -1036,6 +1387,17 @@ class PasswdTest(AccessTestCase):
         self.assertEqual(set(self.lines()), set(USERS) - {"pusher"})
         self.assert_refused(self.passwd("pusher", "--delete"))
 
+    def test_one_whose_name_is_no_longer_taken_is_removed(self) -> None:
+        self.users.write_text(users_line("a b", "x") + users_line("puller", "x"), "utf-8")
+        self.assertEqual(self.passwd("a b", "--delete"), (0, ""))
+        self.assertEqual(set(self.lines()), {"puller"})
+
+    def test_a_byte_order_mark_is_no_part_of_a_name(self) -> None:
+        self.users.write_text("\ufeff" + users_line("alice", "x"), "utf-8")
+        self.assertEqual(self.passwd("alice", password="secret"), (0, ""))
+        self.assertEqual(set(self.lines()), {"alice"})
+        self.serve()
+
     def test_a_running_registry_heeds_it(self) -> None:
         client = self.serve()
         self.passwd("alice", password="secret")
@@ -1045,10 +1407,23 @@ class PasswdTest(AccessTestCase):
 
     def test_names_and_passwords_that_cannot_be(self) -> None:
         before = self.users.read_bytes()
-        for name in ("", "a:b", " a", "a ", "a\nb", "a\x1bb", "#a"):
+        for name in (
+            "",
+            "a:b",
+            ":",
+            " a",
+            "a ",
+            "a b",
+            "a\tb",
+            "a\u00a0b",
+            "a\nb",
+            "a\x1bb",
+            "#a",
+            "a" * 256,
+        ):
             with self.subTest(name):
                 self.assert_refused(self.passwd(name, password="secret"))
-        for password in ("", "\n"):
+        for password in ("", "\n", "a\0b", "\0", "a" * 4097):
             self.assert_refused(self.passwd("alice", password=password))
         self.assertEqual(self.users.read_bytes(), before)
         self.users = self.directory / "none" / "users.txt"

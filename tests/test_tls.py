@@ -1,4 +1,4 @@
-"""TLS: what it takes to connect, whom certificates name, and clients that never finish a handshake."""
+"""TLS: what it takes to connect, and clients that never finish a handshake."""
 
 from __future__ import annotations
 
@@ -172,16 +172,20 @@ class ConnectionTest(TLSTestCase):
             {"tls_key": str(empty)},
             {"tls_cert": str(empty)},
             {"tls_cert": str(self.directory / "absent")},
-            {"tls_client_ca": str(empty)},
-            {"tls_client_ca": str(self.directory / "absent")},
         ):
             with self.subTest(options), self.assertRaises(registry.StartupError):
                 self.serve(**options)
 
-    def test_options_that_need_a_certificate_are_refused_without_one(self) -> None:
-        for option, path in (("tls_key", self.key), ("tls_client_ca", self.authority.certificate)):
-            with self.subTest(option), self.assertRaises(registry.StartupError):
-                self.serve(tls_cert=None, **{"tls_key": None, option: str(path)})
+    def test_a_key_is_refused_without_a_certificate(self) -> None:
+        with self.assertRaises(registry.StartupError):
+            self.serve(tls_cert=None)
+
+    def test_a_client_is_not_asked_for_a_certificate(self) -> None:
+        users = self.directory / "users.txt"
+        users.write_text(users_line("bob", "secret"))
+        client = self.serve(users=str(users))
+        client.context = self.trusting(self.authority.issue("bob"))
+        self.assert_status(client.get("/v2/"), 401)
 
 
 class SilenceTest(TLSTestCase):
@@ -230,60 +234,6 @@ class SilenceTest(TLSTestCase):
         client = self.serve(max_connections=8)
         self.begin()
         self.assert_status(client.get("/v2/"), 200)
-
-
-class ClientCertificateTest(TLSTestCase):
-    """The subject of a client's certificate is the user."""
-
-    def serve_certified(self, grants: str = "", **options: Any) -> SecureClient:
-        if grants:
-            options["grants"] = str(self.directory / "grants.txt")
-            Path(options["grants"]).write_text(grants, "utf-8")
-        return self.serve(tls_client_ca=str(self.authority.certificate), **options)
-
-    def showing(self, client: SecureClient, certificate: Path) -> SecureClient:
-        return SecureClient(client.host, self.trusting(certificate))
-
-    def test_a_certificate_lets_its_subject_in(self) -> None:
-        client = self.serve_certified()
-        self.assert_error(client.get("/v2/"), 401, "UNAUTHORIZED")
-        self.assert_error(client.get("/token"), 401, "UNAUTHORIZED")
-        self.assert_status(self.showing(client, self.authority.issue("alice")).get("/v2/"), 200)
-
-    def test_grants_are_its_subjects(self) -> None:
-        client = self.serve_certified("alice ** pull,push\nbob other pull\n")
-        alice, bob = (self.showing(client, self.authority.issue(name)) for name in ("alice", "bob"))
-        alice.push_image("latest")
-        self.assert_status(alice.get("manifests/latest"), 200)
-        self.assert_error(alice.delete("manifests/latest"), 403, "DENIED")
-        self.assert_error(bob.get("manifests/latest"), 403, "DENIED")
-        token = alice.bearer("repository:team/app:pull,push,delete")
-        self.assert_status(client.as_caller(token).get("manifests/latest"), 200)
-        self.assert_error(client.as_caller(token).delete("manifests/latest"), 403, "DENIED")
-
-    def test_credentials_go_before_it(self) -> None:
-        users = self.directory / "users.txt"
-        users.write_text(users_line("bob", "secret"))
-        client = self.serve_certified("alice ** pull\n", users=str(users))
-        alice = self.showing(client, self.authority.issue("alice"))
-        self.assert_error(alice.get("tags/list"), 404)
-        self.assert_error(alice.as_caller(basic("bob", "secret")).get("tags/list"), 403, "DENIED")
-        self.assert_error(alice.as_caller(basic("bob", "wrong")).get("tags/list"), 401, "UNAUTHORIZED")
-
-    def test_a_certificate_of_another_authority_is_worth_nothing(self) -> None:
-        client = self.serve_certified()
-        other = Authority(self.directory / "other")
-        for certificate in (other.issue("alice"), self.authority.issue("late", days=-1)):
-            with self.subTest(certificate.name):
-                mine = self.showing(client, certificate)
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    self.assert_status(mine.get("/v2/"), 401)
-
-    def test_without_the_option_a_certificate_is_not_asked_for(self) -> None:
-        users = self.directory / "users.txt"
-        users.write_text(users_line("bob", "secret"))
-        client = self.serve(users=str(users))
-        self.assert_status(self.showing(client, self.authority.issue("bob")).get("/v2/"), 401)
 
 
 class RenewalTest(TLSTestCase):

@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from support import ClientTest, program, stop, wait_until
 
+from registry import Registry
+from tests.credentials import users_line
 from tests.smuggling import CORPUS, SMUGGLED
 from tests.support import Client, RawConnection, digest_of, free_port, unique, with_digest
 
@@ -35,6 +37,9 @@ http {{
     proxy_http_version 1.1;
     proxy_set_header Connection "";
     proxy_set_header Host $http_host;
+    proxy_set_header X-Forwarded-Host $http_host;
+    proxy_set_header X-Forwarded-Proto https;
+    proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
     upstream registry {{ server {registry}; keepalive 1; }}
     server {{
         listen 127.0.0.1:{strict};
@@ -51,6 +56,10 @@ http {{
             proxy_buffering off;
         }}
     }}
+    server {{
+        listen 127.0.0.1:{guarded};
+        location / {{ proxy_pass http://{behind}; }}
+    }}
 }}
 """
 
@@ -58,18 +67,31 @@ http {{
 class NginxTest(ClientTest):
     programs = ("nginx",)
     hosts: ClassVar[dict[str, str]]
+    guarded: ClassVar[Client]  # of a registry behind nginx that asks who is there
+    seen: ClassVar[list[str]]  # its access log
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         directory = cls.temp / "nginx"
         directory.mkdir()
-        ports = {"strict": free_port(), "lenient": free_port()}
+        ports = {"strict": free_port(), "lenient": free_port(), "guarded": free_port()}
         user = "user root;" if os.geteuid() == 0 else ""
-        text = CONFIGURATION.format(directory=directory, registry=cls.registry.address, user=user, **ports)
+        files = {"directory": directory, "registry": cls.registry.address, "behind": cls.start_guarded()}
+        text = CONFIGURATION.format(**files, user=user, **ports)
         (directory / "nginx.conf").write_text(text, "utf-8")
+        cls.guarded = Client(f"127.0.0.1:{ports.pop('guarded')}")
         cls.hosts = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
         cls.start_nginx(directory)
+
+    @classmethod
+    def start_guarded(cls) -> str:
+        """A registry with users that trusts nginx, and where it is."""
+        users, cls.seen = cls.temp / "users.txt", []
+        users.write_text(users_line("alice", "secret"), "utf-8")
+        guarded = Registry(users=str(users), trusted_proxies=["127.0.0.1"], log=cls.seen.append)
+        cls.addClassCleanup(guarded.start().close)
+        return guarded.netloc
 
     @classmethod
     def start_nginx(cls, directory: Path) -> None:
@@ -114,6 +136,13 @@ class NginxTest(ClientTest):
                     done = client.expect(201, "PUT", with_digest(location, digest))
                     self.assertEqual(digest_of(client.get(done.headers["Location"]).body), digest)
                     self.assertEqual(client.delete(f"blobs/{digest}").status, 202)
+
+    def test_what_it_says_of_the_client_is_believed(self) -> None:
+        self.guarded.get("/v2/", {"X-Forwarded-For": "198.51.100.1, 203.0.113.7", "X-Forwarded-Host": "evil"})
+        refused = self.guarded.get("/v2/", {"X-Forwarded-Proto": "gopher"})
+        realm = f'realm="https://{self.guarded.host}/token"'
+        self.assertIn(realm, refused.headers["WWW-Authenticate"])
+        wait_until(lambda: any(" 203.0.113.7 GET /v2/ 401 " in line for line in self.seen), "it is logged")
 
     def test_ranges_and_conditions_pass(self) -> None:
         for name, client in self.clients().items():

@@ -1,4 +1,4 @@
-"""TLS with what `test_auth` leaves out: containerd, docker, and clients with a certificate of their own."""
+"""TLS with what `test_auth` leaves out: containerd and docker."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ from support import ClientTest, build_context, image_layout
 from tests.certificates import Authority
 
 UNTRUSTED = "(?i)x509|certificate"
-REFUSED = "(?i)unauthorized|authentication required"
 
 
 class TlsTest(ClientTest):
-    """Two directories as skopeo wants them: `trust` has the authority, `identity` a certificate as well."""
+    """A directory as skopeo wants it: `trust` has the authority."""
 
     trust: ClassVar[Path]
-    identity: ClassVar[Path]
 
     @classmethod
     def registry_options(cls) -> list[str]:
         authority = Authority(cls.temp / "authority")
-        cls.trust, cls.identity = cls.temp / "trust", cls.temp / "identity"
-        for directory in (cls.trust, cls.identity):
-            directory.mkdir()
-            shutil.copy(authority.certificate, directory / "ca.crt")
-        alice = authority.issue("alice")
-        shutil.copy(alice, cls.identity / "client.cert")
-        shutil.copy(alice.with_suffix(".key"), cls.identity / "client.key")
+        cls.trust = cls.temp / "trust"
+        cls.trust.mkdir()
+        shutil.copy(authority.certificate, cls.trust / "ca.crt")
         server = authority.issue("registry")
         return ["--tls-cert", str(server), "--tls-key", str(server.with_suffix(".key"))]
 
@@ -74,35 +68,6 @@ class EngineTest(TlsTest):
         self.ok("docker", "pull", self.image)
         printed = self.ok("docker", "run", "--rm", "--pull", "never", "--network", "none", self.image)
         self.assertEqual(printed.strip(), "hello over TLS")
-
-
-class ClientCertificateTest(TlsTest):
-    programs = ("openssl", "oras", "skopeo")
-
-    @classmethod
-    def registry_options(cls) -> list[str]:
-        users = cls.temp / "users.txt"
-        users.touch()
-        options = ["--users", str(users), "--tls-client-ca", f"{cls.temp}/trust/ca.crt"]
-        return [*super().registry_options(), *options]
-
-    def test_skopeo(self) -> None:
-        push = ("skopeo", "copy", "--all", f"oci:{self.layout.path}:v1", f"docker://{self.image}")
-        self.assertRegex(self.fails(*push, f"--dest-cert-dir={self.trust}"), REFUSED)
-        self.ok(*push, f"--dest-cert-dir={self.identity}")
-        pull = ("skopeo", "copy", "--all", f"docker://{self.image}", f"oci:{self.directory}/back:v1")
-        self.assertRegex(self.fails(*pull, f"--src-cert-dir={self.trust}"), REFUSED)
-        self.ok(*pull, f"--src-cert-dir={self.identity}")
-        self.assert_same_layout(self.directory / "back", self.layout)
-
-    def test_oras(self) -> None:
-        push = ("oras", "cp", "--from-oci-layout", f"{self.layout.path}:v1", self.image)
-        self.assertRegex(self.fails(*push, f"--to-ca-file={self.identity}/ca.crt"), REFUSED)
-        options = ("ca-file={}/ca.crt", "cert-file={}/client.cert", "key-file={}/client.key")
-        self.ok(*push, *(f"--to-{option.format(self.identity)}" for option in options))
-        shown = (f"--from-{option.format(self.identity)}" for option in options)
-        self.ok("oras", "cp", "--to-oci-layout", self.image, "back:v1", *shown)
-        self.assert_same_layout(self.directory / "back", self.layout)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ import hmac
 import http
 import io
 import json
+import math
 import mmap
 import os
 import queue
@@ -61,7 +62,6 @@ import selectors
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import stat
 import struct
@@ -71,7 +71,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
@@ -127,7 +126,9 @@ CACHE_SIZE = 8 * MIB
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # without one byte of a body moving, either way
-LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
+SLOWEST_BODY = 16 * KIB  # bytes a second of a body that is kept in memory, after the time a head may take
+LINGER_TIMEOUT = 5.0  # for the rest of a request after its reply, and for the client to read that
+EVICTION_DELAY = 1.0  # for which whoever is being answered need not make room
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
@@ -2332,29 +2333,22 @@ def replace_file(temporary: str, path: str, content: bytes, *, exclusive: bool =
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
-class TLS:
-    """Certificates, read again when they change."""
+def watch_certificate(
+    certificate: str, key: str | None = None, client_ca: str | None = None
+) -> WatchedFiles[ssl.SSLContext]:
+    """What TLS is spoken with, from PEM files that are read again when they change. Raises StartupError."""
 
-    def __init__(self, certificate: str, key: str | None = None, client_ca: str | None = None) -> None:
-        """Paths of PEM files. Raises StartupError."""
-        self._certificate, self._key, self._client_ca = certificate, key, client_ca
-        paths = [path for path in (certificate, key, client_ca) if path]
-        self._context = WatchedFiles(paths, self._load)
-
-    def _load(self) -> ssl.SSLContext:
+    def load() -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self._certificate, self._key)
-        if self._client_ca:
-            context.load_verify_locations(self._client_ca)
+        context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        context.load_cert_chain(certificate, key)
+        if client_ca:
+            context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_OPTIONAL
         return context
 
-    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
-        """A connection that speaks TLS once the handshake is done. Takes the socket over."""
-        return self._context.get().wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
-        )
+    return WatchedFiles([path for path in (certificate, key, client_ca) if path], load)
 
 
 def certified_user(connection: socket.socket) -> str | None:
@@ -2367,30 +2361,12 @@ def certified_user(connection: socket.socket) -> str | None:
 # === Messages =========================================================================================
 
 
-def is_tls(connection: socket.socket) -> bool:
-    """Whether what goes over a connection is encrypted on the way."""
-    return ssl is not None and isinstance(connection, ssl.SSLSocket)
-
-
 class FileRange(NamedTuple):
     """Some bytes of an open file; whoever has sent the reply closes it."""
 
     file: BinaryIO
     start: int
     length: int
-
-
-def set_timeout(connection: socket.socket, direction: str, seconds: float) -> None:
-    """Bound how long one receive ("RCV") or send ("SND") may wait.
-
-    In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
-    """
-    if os.name == "posix" and not is_tls(connection):
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
-            return
-    connection.settimeout(seconds)
 
 
 def _is_hopeless(head: bytes) -> bool:
@@ -2408,10 +2384,59 @@ class SocketReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.evictable_at = time.monotonic()  # from then on it may be given up for another connection
+        self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
+        self._tls = False
         self._pending = b""  # received, from _start on not yet consumed
         self._start = 0
         self._timeout: float | None = None
-        set_timeout(connection, "SND", STALL_TIMEOUT)
+        self._set_timeout("SND", STALL_TIMEOUT)
+        with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _set_timeout(self, direction: str, seconds: float) -> None:
+        """Bound how long one receive ("RCV") or send ("SND") may wait.
+
+        In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
+        """
+        if os.name == "posix" and not self._tls:
+            value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
+                return
+        self.socket.settimeout(seconds)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Bound the next receive, or what TLS does next, sparing the system call when it is bounded so."""
+        if seconds != self._timeout:
+            self._set_timeout("RCV", seconds)
+            self._timeout = seconds
+
+    def _receive_within(self, seconds: float) -> None:
+        """Bound the next receive, by the deadline as well."""
+        if self.deadline:
+            seconds = min(seconds, self.deadline - time.monotonic())
+            if seconds <= 0:
+                raise ClientGone
+        self._wait_at_most(seconds)
+
+    def _receive(self, seconds: float) -> bytes:
+        self._receive_within(seconds)
+        try:
+            return self.socket.recv(RECEIVE_SIZE)
+        except OSError as error:
+            raise ClientGone from error
+
+    def begin_tls(self, context: ssl.SSLContext) -> None:
+        """Shake hands; everything from there on is encrypted."""
+        try:
+            self.socket.getpeername()  # raises if it was reset: wrap_socket would too, and leave it unclosed
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self._tls = True
+            self._wait_at_most(HEADER_TIMEOUT)
+            self.socket.do_handshake()
+        except (OSError, ValueError) as error:
+            raise ClientGone from error
 
     def read_head(self) -> bytes:
         """The next request's head, its last line unterminated; empty if the client is done with us.
@@ -2420,21 +2445,21 @@ class SocketReader:
         """
         head = self._pending[self._start :]
         self._pending, self._start = b"", 0
-        deadline = 0.0
+        self.deadline = 0.0
         while True:
-            if head and not deadline:
-                deadline = time.monotonic() + HEADER_TIMEOUT
             head = LEADING_LINES.sub(b"", head, count=1)
             end = head.find(b"\r\n\r\n")
             if end >= 0:
                 break
             if _is_hopeless(head):
                 return head
-            more = self._receive(deadline - time.monotonic() if deadline else IDLE_TIMEOUT)
+            if head and not self.deadline:
+                self.deadline = time.monotonic() + HEADER_TIMEOUT
+            more = self._receive(IDLE_TIMEOUT)
             if not more:
                 return b""
             head += more
-        self._pending, self._start = head, end + 4
+        self._pending, self._start, self.deadline = head, end + 4, 0.0
         return head[:end]
 
     def read_line(self, limit: int) -> bytes | None:
@@ -2461,7 +2486,7 @@ class SocketReader:
             view[:count] = memoryview(self._pending)[self._start : self._start + count]
             self._start += count
             return count
-        self.wait_at_most(STALL_TIMEOUT)
+        self._receive_within(STALL_TIMEOUT)
         try:
             count = self.socket.recv_into(view)
         except OSError as error:
@@ -2472,9 +2497,9 @@ class SocketReader:
 
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
-        flags = getattr(socket, "MSG_MORE", 0) if more and not is_tls(self.socket) else 0
-        if is_tls(self.socket):
-            self.wait_at_most(STALL_TIMEOUT)
+        flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
+        if self._tls:
+            self._wait_at_most(STALL_TIMEOUT)
         try:
             for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
                 self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
@@ -2484,7 +2509,7 @@ class SocketReader:
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
         start, stop = part.start, part.start + part.length
-        if is_tls(self.socket) or not hasattr(os, "sendfile"):
+        if self._tls or not hasattr(os, "sendfile"):
             self._copy_file(part)
             return
         try:
@@ -2506,20 +2531,29 @@ class SocketReader:
             self.send(buffer[:count])
             left -= count
 
-    def wait_at_most(self, seconds: float) -> None:
-        """Bound the next receives, sparing the system call when the bound is that already."""
-        if seconds != self._timeout:
-            set_timeout(self.socket, "RCV", seconds)
-            self._timeout = seconds
+    def stop_sending(self) -> None:
+        """Tell the client that nothing more will come, without waiting for it to say the same."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._tls:
+                self._wait_at_most(0)
+                self.socket.unwrap()  # type: ignore[attr-defined]  # close_notify (RFC 8446, 6.1)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
-    def _receive(self, timeout: float) -> bytes:
-        if timeout <= 0:
-            raise ClientGone
-        self.wait_at_most(timeout)
-        try:
-            return self.socket.recv(RECEIVE_SIZE)
-        except OSError as error:
-            raise ClientGone from error
+    def linger(self) -> NoReturn:
+        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6).
+
+        Ends, as everything here, when the client is gone or the deadline comes.
+        """
+        self.stop_sending()
+        buffer = memoryview(bytearray(RECEIVE_SIZE))
+        while True:
+            self.readinto(buffer)
+
+    def close(self) -> None:
+        """Hang up in good order."""
+        self.stop_sending()
+        self.socket.close()
 
 
 class RequestHead(NamedTuple):
@@ -2610,8 +2644,18 @@ class Body:
         self._reader = reader
         self._remaining = length or 0  # of the body, or of the chunk being read
         self._expected = expected and length != 0
-        self._broken = False
         self.done = length == 0
+
+    @property
+    def drainable(self) -> bool:
+        """Whether what was not read is known to be so little that the next request can follow it."""
+        return self.done or bool(self.length and not self._expected and self._remaining <= DRAIN_LIMIT)
+
+    def drain(self) -> None:
+        """Skip what was not read."""
+        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining)))
+        while self.readinto(buffer):
+            pass
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
@@ -2632,12 +2676,12 @@ class Body:
         if self.length is not None:
             self.done = True
         elif self._read_line():
-            raise self._malformed("a chunk is longer than its size says")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
 
     def _next_chunk(self) -> None:
         size = CHUNK_SIZE.fullmatch(self._read_line())
         if not size:
-            raise self._malformed("bad chunk size")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
         if not self._remaining:
             self._skip_trailers()
@@ -2646,7 +2690,7 @@ class Body:
     def _read_line(self) -> bytes:
         line = self._reader.read_line(CHUNK_LINE_LIMIT)
         if line is None:
-            raise self._malformed("bad line between chunks")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
         return line
 
     def _skip_trailers(self) -> None:
@@ -2657,37 +2701,25 @@ class Body:
             name, colon, value = line.decode("latin-1").partition(":")
             if not colon or not HEADER_NAME.fullmatch(name) or "\r" in value or "\0" in value:
                 break
-        raise self._malformed("bad trailer")
-
-    def _malformed(self, reason: str) -> RegistryError:
-        """The error for a body whose end can no longer be found: nothing more is read from it."""
-        self._broken = True
-        return RegistryError(ErrorCode.BAD_REQUEST, reason)
+        raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
 
     def read(self, limit: int, too_large: ErrorCode) -> bytes:
-        """The whole body. Raises too_large past the limit, before reading it when its length is known."""
+        """The whole body. Raises too_large past the limit, before reading it when its length is known.
+
+        It has to arrive within a time that its length sets: no client holds a connection with so little.
+        """
         if self.length is not None and self.length > limit:
             raise RegistryError(too_large)
-        content = bytearray()
-        buffer = memoryview(bytearray(min(self.length or RECEIVE_SIZE, RECEIVE_SIZE)))
+        now, size = time.monotonic(), limit if self.length is None else self.length
+        self._reader.deadline = now + HEADER_TIMEOUT + size / SLOWEST_BODY
+        self._reader.evictable_at = now + EVICTION_DELAY
+        content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
         while count := self.readinto(buffer):
             content += buffer[:count]
             if len(content) > limit:
                 raise RegistryError(too_large)
+        self._reader.deadline, self._reader.evictable_at = 0.0, math.inf
         return bytes(content)
-
-    def drain(self) -> bool:
-        """Skip what was not read, if that is not much; whether the next request can follow."""
-        if self.done:
-            return True
-        if self._expected or (self.length is not None and self._remaining > DRAIN_LIMIT):
-            return False
-        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining or RECEIVE_SIZE)))
-        skipped = 0
-        with contextlib.suppress(RegistryError):
-            while skipped <= DRAIN_LIMIT and not self.done and not self._broken:
-                skipped += self.readinto(buffer)
-        return self.done
 
 
 class Context(NamedTuple):
@@ -3366,71 +3398,62 @@ def encode_head(reply: Reply, *, keep: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """One client's connection, in a thread of its own: requests and replies in turn until either is done."""
+class Connection(threading.Thread):
+    """One client's connection and its thread: requests and replies in turn until either is done."""
 
-    server: Server
-    request: socket.socket
+    def __init__(self, server: Server, connection: socket.socket, address: str) -> None:
+        """Takes the socket over."""
+        super().__init__(daemon=True)
+        self.server = server
+        self.address = address
+        self.certified: str | None = None
+        self.idle = True  # between requests
+        self.reader = SocketReader(connection)
 
-    def setup(self) -> None:
-        """Called by socketserver before handle."""
-        self.thread = threading.current_thread()
-        self.idle_since = time.monotonic()  # 0.0 while it is busy
-        self.server.opened(self)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def handle(self) -> None:
-        """Called by socketserver; returns when the connection is to be closed."""
-        with contextlib.suppress(ClientGone):
-            self._shake_hands()
-            self.reader = SocketReader(self.request)
-            while self._serve_one():
-                pass
-
-    def _shake_hands(self) -> None:
-        """Begin TLS, if that is spoken here: in this thread, so that only it waits for a silent client."""
-        self.certified = None
-        if self.server.tls is None:
-            return
+    def run(self) -> None:
+        """Called by Thread.start."""
         try:
-            self.request = self.server.tls.wrap(self.request)
-            self.request.settimeout(HEADER_TIMEOUT)
-            self.request.do_handshake()
-        except (OSError, ValueError) as error:
-            raise ClientGone from error
-        self.certified = certified_user(self.request)
+            if self.server.tls is not None:
+                self.reader.begin_tls(self.server.tls.get())
+                self.certified = certified_user(self.reader.socket)
+            while data := self.reader.read_head():
+                self._serve(data)
+        except ClientGone:
+            pass
+        finally:
+            self.reader.close()
+            self.server.connections.discard(self)
 
-    def finish(self) -> None:
-        """Called by socketserver after handle, also when that failed."""
-        if is_tls(self.request):  # it took the socket over that socketserver is going to close
-            self.request.close()
-        self.server.closed(self)
-
-    def hang_up(self) -> None:
+    def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not TLS's own, which is for its thread
+            socket.socket.shutdown(self.reader.socket, how)  # not TLS's own, which is for its thread
 
-    def _serve_one(self) -> bool:
-        """Serve one request; whether another may follow on this connection."""
-        data = self.reader.read_head()
-        if not data:
-            return False
-        self.idle_since, started = 0.0, time.perf_counter()
-        request = Request(self.server.context, self.reader, self.client_address[0], self.certified)
+    def _serve(self, data: bytes) -> None:
+        """Serve one request. Raises ClientGone if no other may follow on this connection."""
+        reader, started = self.reader, time.perf_counter()
+        self.idle, reader.evictable_at = False, math.inf
+        request = Request(self.server.context, reader, self.address, self.certified)
         reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
-            keep = request.persistent and not self.server.stopping and request.body.drain()
+            keep = request.persistent and not self.server.stopping and request.body.drainable
+            if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
+                reader.evictable_at = time.monotonic() + EVICTION_DELAY
             self._send(reply, bodiless=request.method == "HEAD", keep=keep)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
             self._log(request, reply, started)
-        if not keep:
-            self._linger()
-        self.idle_since = time.monotonic()
-        return keep and not self.server.stopping
+        now = time.monotonic()
+        if not keep or not request.body.done:
+            reader.evictable_at, reader.deadline = now + EVICTION_DELAY, now + LINGER_TIMEOUT
+            if not keep:
+                reader.linger()
+            request.body.drain()
+        self.idle, reader.evictable_at = True, now
+        if self.server.stopping:
+            raise ClientGone
 
     def _answer(self, request: Request, data: bytes) -> Reply:
         try:
@@ -3452,26 +3475,15 @@ class Connection(socketserver.BaseRequestHandler):
             self.reader.send(head, more=True)
             self.reader.send_file(reply.body)
 
-    def _linger(self) -> None:
-        """Let the client read the reply first: closing on unread bytes would reset it (RFC 9112, 9.6)."""
-        deadline = time.monotonic() + LINGER_TIMEOUT
-        buffer = bytearray(RECEIVE_SIZE)
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self.reader.wait_at_most(left)
-                if not self.request.recv_into(buffer):
-                    break
-
     def _log(self, request: Request, reply: Reply, started: float) -> None:
         if self.server.log is None:
             return
-        moment, client = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self.client_address[0]
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         milliseconds = (time.perf_counter() - started) * 1000
         agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
         target = CREDENTIALS.sub("//", request.target)
         self.server.log(
-            f"{moment} {client} {request.method} {target} {reply.status} {reply.length}"
+            f"{moment} {self.address} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"
         )
 
@@ -3484,15 +3496,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections, each served by a Connection in a thread, until it is told to stop."""
+class Server:
+    """Accepts connections until it is told to stop."""
 
     def __init__(
         self,
         listener: socket.socket,
         context: Context,
         *,
-        tls: TLS | None = None,
+        tls: WatchedFiles[ssl.SSLContext] | None = None,
         max_connections: int = MAX_CONNECTIONS,
         parent_alive: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
@@ -3501,8 +3513,6 @@ class Server(ThreadingHTTPServer):
 
         parent_alive: when its other end is closed, stop. log takes one access-log line for each request.
         """
-        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
-        self.socket.close()
         self.socket, self.server_address = listener, listener.getsockname()
         self.context = context
         self.tls = tls
@@ -3510,12 +3520,11 @@ class Server(ThreadingHTTPServer):
         self._max_connections = max_connections
         self._parent_alive = parent_alive
         self.stopping = False
-        self._connections: dict[Connection, None] = {}  # in the order in which they were opened
-        self._serving: set[threading.Thread] = set()
+        self.connections: set[Connection] = set()
         self.waker, self._wakee = socket.socketpair()  # whatever is sent there has serve_forever look up
         self.waker.setblocking(False)
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
+    def serve_forever(self) -> None:
         """Accept connections until stop_accepting; nothing is polled."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
@@ -3529,74 +3538,43 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         try:
-            connection, address = self.get_request()
-        except (OSError, MemoryError):
-            return
-        try:
-            if self.verify_request(connection, address):
-                self.process_request(connection, address)
-                return
-        except Exception:  # no thread could be started for it
-            self.handle_error(connection, address)
-        self.shutdown_request(connection)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept one connection. Short of descriptors, waits a moment instead of spinning."""
-        try:
-            connection, address = self.socket.accept()
+            client, address = self.socket.accept()
         except BlockingIOError:
-            raise
-        except OSError:
-            time.sleep(0.05)
-            raise
-        connection.setblocking(True)
-        return connection, address
+            return
+        except (OSError, MemoryError):
+            time.sleep(0.05)  # short of descriptors: better than to spin
+            return
+        client.setblocking(True)
+        if not self._has_room():
+            self._refuse(client)
+            return
+        connection = Connection(self, client, address[0])
+        self.connections.add(connection)  # before it runs, so that finish_requests misses none
+        try:
+            connection.start()
+        except Exception:  # there are no more threads
+            traceback.print_exc()
+            connection.reader.close()
+            self.connections.discard(connection)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
+    def _has_room(self) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-        if len(self._serving) >= self._max_connections:
-            idle = [connection for connection in list(self._connections) if connection.idle_since]
+        if len(self.connections) >= self._max_connections:
+            now = time.monotonic()
+            idle = [other for other in list(self.connections) if other.reader.evictable_at <= now]
             if idle:
-                longest = min(idle, key=lambda connection: connection.idle_since)
+                longest = min(idle, key=lambda other: other.reader.evictable_at)
                 longest.hang_up()
-                longest.thread.join(EVICTION_TIMEOUT)
-        if len(self._serving) < self._max_connections:
-            return True
-        with contextlib.suppress(OSError):
-            reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
-            request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
-        return False
+                longest.join(EVICTION_TIMEOUT)
+        return len(self.connections) < self._max_connections
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread, known before it runs, so that finish_requests misses none."""
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), daemon=True
-        )
-        self._serving.add(thread)
-        try:
-            thread.start()
-        except BaseException:
-            self._serving.discard(thread)
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._serving.discard(threading.current_thread())
-
-    def opened(self, connection: Connection) -> None:
-        """A connection's thread has begun."""
-        self._connections[connection] = None
-
-    def closed(self, connection: Connection) -> None:
-        """A connection's thread is about to end."""
-        self._connections.pop(connection, None)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """An exception that no reply could be made of: log it, and go on serving."""
-        traceback.print_exc()
+    def _refuse(self, client: socket.socket) -> None:
+        """Hang up on a client for whom there is no room; without TLS, saying so."""
+        with contextlib.closing(client), contextlib.suppress(OSError):
+            if self.tls is None:
+                reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
+                client.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
+                client.shutdown(socket.SHUT_WR)
 
     def stop_accepting(self) -> None:
         """Make serve_forever return; safe in a signal handler."""
@@ -3607,28 +3585,25 @@ class Server(ThreadingHTTPServer):
     def finish_requests(self, timeout: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
         deadline = time.monotonic() + timeout
-        while self._serving and time.monotonic() < deadline:
-            self._hang_up(lambda connection: connection.idle_since > 0)
+        while self.connections and time.monotonic() < deadline:
+            for connection in list(self.connections):
+                if connection.idle:  # TLS has something to say yet
+                    connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
             self._join(0.05)
-        self._hang_up(lambda connection: True)
+        for connection in list(self.connections):
+            connection.hang_up()
         self._join(1.0)
-
-    def _hang_up(self, condition: Callable[[Connection], bool]) -> None:
-        for connection in list(self._connections):
-            if condition(connection):
-                connection.hang_up()
 
     def _join(self, timeout: float) -> None:
         """Wait until all connections' threads have ended, or for so many seconds."""
         deadline = time.monotonic() + timeout
-        for thread in list(self._serving):
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self.connections):
+            connection.join(max(0.0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
         """Free the port."""
-        super().server_close()
-        self.waker.close()
-        self._wakee.close()
+        for end in (self.socket, self.waker, self._wakee):
+            end.close()
 
 
 # === Embedding ========================================================================================
@@ -3750,7 +3725,9 @@ class Registry:
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
-            tls = TLS(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
+            tls = (
+                watch_certificate(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert else None
+            )
             context = Context(self.store, self._open_access(), self.public_url, secure=tls is not None)
             undo.pop_all()
         return Server(

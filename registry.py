@@ -71,6 +71,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from email.utils import formatdate
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote
@@ -3374,23 +3375,19 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 @functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """A Date header's value (RFC 9110, 5.6.7)."""
-    moment = time.gmtime(second)
-    day, month = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+def common_headers(second: int) -> str:
+    """The header lines of every reply. What was pushed is not to run anything in a browser."""
     return (
-        f"{day[moment.tm_wday * 3 :][:3]}, {moment.tm_mday:02} {month[moment.tm_mon * 3 - 3 :][:3]}"
-        f" {moment.tm_year} {time.strftime('%H:%M:%S', moment)} GMT"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
+        "Docker-Distribution-API-Version: registry/2.0\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        "Content-Security-Policy: default-src 'none'; sandbox"
     )
 
 
 def encode_head(reply: Reply, *, keep: bool) -> bytes:
     """A reply's status line and headers, with those that every reply has; keep: the connection stays open."""
-    lines = [
-        f"HTTP/1.1 {reply.status} {REASONS[reply.status]}",
-        f"Date: {http_date(int(time.time()))}",
-        "Docker-Distribution-API-Version: registry/2.0",
-    ]
+    lines = [f"HTTP/1.1 {reply.status} {REASONS[reply.status]}", common_headers(int(time.time()))]
     if reply.status not in (204, 304):
         lines.append(f"Content-Length: {reply.length}")
     lines += [f"{name}: {value}" for name, value in reply.headers]

@@ -652,6 +652,14 @@ class ReplyTest(HTTPConnectionTestCase):
                     if response.status >= 400 and method != "HEAD":
                         self.assert_error(response, response.status)
 
+    def test_no_reply_runs_anything_in_a_browser(self) -> None:
+        for name, path in self.routes().items():
+            for method in ("GET", "HEAD", "BREW"):
+                with self.subTest(name, method=method):
+                    headers = self.client.request(method, path).headers
+                    self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+                    self.assertEqual(headers["Content-Security-Policy"], "default-src 'none'; sandbox")
+
     def test_a_refused_request_names_the_api_version(self) -> None:
         for data in (
             b"POST /v2/a/blobs/uploads/ HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",

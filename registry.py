@@ -74,7 +74,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Callable, Generic, NamedTuple, NoReturn, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 try:
     import fcntl
@@ -115,6 +115,7 @@ REFERRER_PAGE_LIMIT = 1_000
 REFERRER_BATCH = 16
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
+PARAMETER_LIMIT = 1_000  # of a query or form
 DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
@@ -168,7 +169,8 @@ LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one 
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
-HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
+HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
 # === Errors ===========================================================================================
 
@@ -2583,8 +2585,8 @@ def parse_head(data: bytes) -> RequestHead:
         raise RegistryError(ErrorCode.BAD_REQUEST, "bare CR, bare LF or NUL")
     method, target, version = _parse_request_line(lines[0])
     headers = _parse_headers(lines[1:])
-    if version == "HTTP/1.1" and "host" not in headers:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host")
+    if (version == "HTTP/1.1" or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
+        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
     return RequestHead(method, target, version, headers)
 
 
@@ -2745,7 +2747,8 @@ class Request:
         self.caller = Caller(None)
         self._reader = reader
         self.method = self.target = "-"
-        self.path = self._query = ""
+        self.path = ""
+        self._parameters: dict[str, list[str]] = {}
         self.headers: dict[str, str] = {}
         self.body = Body(reader, 0, expected=False)
         self.persistent = False  # whether the client may send another after this one
@@ -2755,7 +2758,7 @@ class Request:
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
-        self.path, self._query = split_target(self.target, self.headers.get("host", ""))
+        self._parse_target(self.target)
         length = body_length(head)
         expectation = self.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
@@ -2764,13 +2767,27 @@ class Request:
         self.body = Body(self._reader, length, expected=bool(expectation) and modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
+    def _parse_target(self, target: str) -> None:
+        absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
+        if absolute:
+            self.headers["host"], target = absolute.groups()  # as RFC 9112, 3.2.2 demands
+            if not HOST.fullmatch(self.headers["host"]):
+                raise RegistryError(ErrorCode.BAD_REQUEST, "the target names no host")
+        path, _, query = target.partition("?")
+        try:
+            self.path = unquote(path, errors="strict") if "%" in path else path
+        except UnicodeDecodeError:
+            raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
+        if query:
+            self._parameters = parse_parameters(query.replace("+", "%2B"))
+
     def parameters(self, name: str) -> list[str]:
         """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
-        return parse_parameters(self._query, name) if self._query else []
+        return self._parameters.get(name, [])
 
     def parameter(self, name: str) -> str | None:
         """A parameter's first value, or None."""
-        return next(iter(self.parameters(name)), None) if self._query else None
+        return next(iter(self.parameters(name)), None)
 
     def may_pull(self, repository: str) -> bool:
         """Whether whoever makes the request has the right to pull a repository."""
@@ -2791,29 +2808,13 @@ class Request:
         return self.headers.get(name, "").partition(",")[0].strip()
 
 
-def parse_parameters(query: str, name: str) -> list[str]:
-    """Every value that a query or form gives a parameter."""
-    pairs = (pair.partition("=") for pair in query.split("&"))
-    return [decode_percent(value) for key, _, value in pairs if decode_percent(key) == name]
-
-
-def split_target(target: str, host: str) -> tuple[str, str]:
-    """A request target's path, decoded, and its query, as it is. Raises BAD_REQUEST."""
-    if target.startswith(("http://", "https://")):  # absolute-form, RFC 9112, 3.2.2
-        authority, _, rest = target.partition("//")[2].partition("/")
-        if authority.lower() != host.lower():
-            raise RegistryError(ErrorCode.BAD_REQUEST, "the target names another host than Host does")
-        target = f"/{rest}"
-    path, _, query = target.partition("?")
-    return (decode_percent(path) if "%" in path else path), query
-
-
-def decode_percent(text: str) -> str:
-    """Percent-decode a part of a target. Raises BAD_REQUEST for what is not UTF-8."""
+def parse_parameters(text: str) -> dict[str, list[str]]:
+    """The values of each parameter of a query or form. Raises BAD_REQUEST."""
     try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
+        return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=PARAMETER_LIMIT)
+    except ValueError:
+        reason = f"the parameters are not UTF-8, or more than {PARAMETER_LIMIT}"
+        raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
 
 
 class Reply(NamedTuple):
@@ -2911,8 +2912,8 @@ def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> 
 
 
 def requested_range(request: Request, content: Descriptor) -> tuple[int, int] | None:
-    """The part of a content that the client asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
-    text = request.headers.get("range")
+    """The part of a content that a GET asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
+    text = request.headers.get("range") if request.method == "GET" else None
     if text is None or request.headers.get("if-range", f'"{content.digest}"') != f'"{content.digest}"':
         return None
     return parse_range(text, content.size)
@@ -3185,20 +3186,17 @@ def token_post(request: Request) -> Reply:
     """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
     require_access(request)
     try:
-        form = request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii").replace("+", "%20")
+        form = parse_parameters(request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii"))
     except UnicodeDecodeError:
         raise RegistryError(ErrorCode.BAD_REQUEST, "the form is not ASCII") from None
-    values = {
-        name: next(iter(parse_parameters(form, name)), "")
-        for name in ("grant_type", "username", "password", "service")
-    }
+    values = {name: form.get(name, [""])[0] for name in ("grant_type", "username", "password", "service")}
     if values["grant_type"] != "password":
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
     try:
         user = request.context.access.log_in(values["username"], values["password"], request.address)
     except RegistryError as error:
         raise with_challenge(error, basic_challenge) from None
-    return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
+    return token_reply(request, user, form.get("scope", []), values["service"])
 
 
 def require_access(request: Request) -> None:
@@ -3278,17 +3276,13 @@ def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
     """The methods of each path. A name may hold slashes, and takes all that the rest of the path leaves."""
     paths: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
-        methods = paths.setdefault(route.path, {})
+        pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", route.path).replace("<name>[^/]", "<name>.")
+        pattern += "?" if pattern.endswith("/") else ""
+        methods = paths.setdefault(pattern, {})
         methods[route.method] = route
         if route.method == "GET":
             methods["HEAD"] = route
-    return [(_compile_path(path), methods) for path, methods in paths.items()]
-
-
-def _compile_path(path: str) -> re.Pattern[str]:
-    pattern = path[:-1] + "/?" if path.endswith("/") else path
-    pattern = re.sub("<(?!name>)", "(?P<", pattern.replace("<name>", "(?P<name>.+)"))
-    return re.compile(re.sub(r"(?<=[a-z])>(?!\.)", ">[^/]+)", pattern), re.DOTALL)
+    return [(re.compile(pattern, re.DOTALL), methods) for pattern, methods in paths.items()]
 
 
 _COMPILED_ROUTES = _compile_routes()
@@ -3312,15 +3306,28 @@ def is_name(name: str) -> bool:
 
 def dispatch(request: Request) -> Reply:
     """Run the operation that a request asks for. Raises whatever keeps it from being answered."""
-    methods, arguments = find_path(request.path)
-    route = methods.get(request.method)
+    find = find_path if len(request.path) <= 2 * NAME_LIMIT else find_path.__wrapped__  # which remembers none
+    methods, arguments = find(request.path)
+    try:
+        return run_route(request, methods.get(request.method), arguments)
+    except RegistryError as error:
+        if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            writable = not request.store.read_only
+            others = [name for name in methods if name != request.method]
+            allowed = [name for name in others if writable or methods[name].access not in ("push", "delete")]
+            error.headers = (("Allow", ", ".join(sorted(allowed))),)
+        raise
+
+
+def run_route(request: Request, route: Route | None, arguments: dict[str, str]) -> Reply:
+    """Run an operation on what the path names, if that is well-formed and the caller may."""
     if route is None:
-        raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED, headers=(("Allow", ", ".join(sorted(methods))),))
+        raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED)
     if "name" in arguments and not is_name(arguments["name"]):
         writes = request.method in ("POST", "PUT", "PATCH")
         raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
     if request.store.read_only and route.access in ("push", "delete"):
-        raise RegistryError(ErrorCode.READ_ONLY, headers=(("Allow", "GET, HEAD"),))
+        raise RegistryError(ErrorCode.READ_ONLY)
     if request.context.access.enabled and route.access:
         authorize(request, route.access, arguments.get("name", ""))
     return route.handler(request, **arguments)

@@ -1129,6 +1129,9 @@ class ReadOnlyTest(AccessTestCase):
         client = self.serve(users=None, read_only=True)
         before = self.data.files(), self.data.unfinished()
         self.assert_only_reads(client, session)
+        for path, methods in (("manifests/latest", "GET, HEAD"), ("blobs/uploads/", ""), (session, "")):
+            self.assertEqual(client.request("BREW", path).headers["Allow"], methods)
+            self.assertEqual(client.put(path, b"x").headers["Allow"], methods)
         self.assertEqual((self.data.files(), self.data.unfinished()), before)
 
     def test_users_are_asked_for_all_the_same(self) -> None:

@@ -164,7 +164,7 @@ NAME_LIMIT = 255
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
@@ -2618,7 +2618,10 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _header_name(name: str) -> str:
-    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold."""
+    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold.
+
+    Only names that are well-formed, and so of bounded length, are remembered.
+    """
     if not HEADER_NAME.fullmatch(name):
         raise RegistryError(ErrorCode.BAD_REQUEST, "bad header name")
     return name.lower()
@@ -3288,7 +3291,7 @@ def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
 _COMPILED_ROUTES = _compile_routes()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
     for pattern, methods in _COMPILED_ROUTES:
@@ -3298,7 +3301,6 @@ def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     raise RegistryError(ErrorCode.NOT_FOUND)
 
 
-@functools.lru_cache(maxsize=4096)
 def is_name(name: str) -> bool:
     """Whether this is a legal repository name (specification, "Pulling manifests")."""
     return len(name) <= NAME_LIMIT and NAME.fullmatch(name) is not None
@@ -3484,8 +3486,8 @@ class Connection(threading.Thread):
             return
         moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         milliseconds = (time.perf_counter() - started) * 1000
-        agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
-        target = CREDENTIALS.sub("//", request.target)
+        agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # quoted, so that it stays one field
+        target = CREDENTIALS.sub("//", request.target)[:500]
         self.server.log(
             f"{moment} {self.address} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"

@@ -12,6 +12,7 @@ import re
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -420,6 +421,21 @@ class EarlyReplyTest(HTTPTestCase):
             self.assertTrue(connection.is_closed())
 
 
+class CacheTest(HTTPTestCase):
+    """What strangers send is not kept."""
+
+    def test_long_paths_and_header_names_are_not_remembered(self) -> None:
+        with registry.Registry() as running, Client(running.netloc, "long").keep_alive() as client:
+            client.get("/v2/")
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            for number in range(200):
+                client.get(f"/v2/{number}/{'a' * 7000}/manifests/latest")
+                client.get(f"/v2/a/manifests/{number}{'a' * 7000}")
+                client.get("/v2/", {f"X-{number}{'a' * 7000}": "y"})
+            self.assertLess(tracemalloc.get_traced_memory()[0], MEBIBYTE)
+
+
 # === Hostile JSON ===
 
 
@@ -812,6 +828,19 @@ class InjectionTest(HTTPTestCase):
         for line in lines:
             self.assertTrue(line.isprintable(), line)
             self.assertRegex(line, r"^\d{4}-\d\d-\d\dT\S+ 127\.0\.0\.1 ")
+
+    def test_a_line_of_the_log_is_of_bounded_length(self) -> None:
+        for head in (
+            f"GET /v2/{'a' * 8000} HTTP/1.1",
+            f"GET /v2/{'%AA' * 2500} HTTP/1.1",
+            f"{'G' * 8000} /v2/ HTTP/1.1",
+            "GET /v2/ HTTP/1.1\r\nUser-Agent: " + "\xe4" * 60_000,
+        ):
+            self.send(f"{head}\r\nHost: a\r\n\r\n".encode("latin-1"))
+        lines = self.log_lines()
+        self.assertEqual(len(lines), 4)
+        for line in lines:
+            self.assertLess(len(line), 2000)
 
     def test_no_encoded_line_end_makes_a_line_or_a_header(self) -> None:
         forged = "%0d%0aX-Forged:%20yes"

@@ -53,8 +53,10 @@ import http
 import io
 import ipaddress
 import json
+import math
 import mmap
 import os
+import queue
 import re
 import secrets
 import selectors
@@ -71,10 +73,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, Union
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 try:
     import fcntl
@@ -114,6 +117,7 @@ PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
+PARAMETER_LIMIT = 1_000  # of a query or form
 DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters of each one's detail
 
 RECEIVE_SIZE = 64 * KIB
@@ -127,7 +131,9 @@ CACHE_SIZE = 8 * MIB
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # without one byte of a body moving, either way
-LINGER_TIMEOUT = 2.0  # for a client to read why it is being hung up on
+SLOWEST_BODY = 16 * KIB  # bytes a second of a body that is kept in memory, after the time a head may take
+LINGER_TIMEOUT = 5.0  # for the rest of a request after its reply, and for the client to read that
+EVICTION_DELAY = 1.0  # for which whoever is being answered need not make room
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
@@ -142,6 +148,7 @@ GRACE = 3600.0  # how long a client can rely on what it was told, by default
 SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
+IDLE_THREADS = 8  # that wait for the next connection
 LISTEN_BACKLOG = 1024
 TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
@@ -175,13 +182,14 @@ MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A file under uploads/. A session's id says what its bytes are hashed with and, hashed, whose it is.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
-HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
 ENTITY_TAG = re.compile(r'(W/)?"([^"]*)"')
-HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]+)?|\[[0-9A-Fa-f:.]+\](?::[0-9]+)?")
+HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
 # === Errors ===========================================================================================
 
@@ -836,7 +844,7 @@ class Files:
 
 
 class Cache:
-    """Remembers things up to a limit of all their sizes, each for some seconds; the oldest go first."""
+    """Remembers things up to a limit of all their sizes, for as long as each other; the oldest go first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -851,12 +859,16 @@ class Cache:
 
     def put(self, key: Any, thing: Any, seconds: float = float("inf"), size: int = 1) -> None:
         """Remember a thing; the size is of the key as well, in the unit of the limit."""
+        now = time.monotonic()
         with self._lock:
             self._remove(key)
-            self._things[key] = time.monotonic() + seconds, size, thing
+            self._things[key] = now + seconds, size, thing
             self._size += size
-            while self._size > self._limit:
-                self._remove(next(iter(self._things)))
+            while self._things:
+                oldest, (expires, _, _) = next(iter(self._things.items()))
+                if self._size <= self._limit and expires > now:
+                    break
+                self._remove(oldest)
 
     def forget(self, key: Any) -> None:
         """Drop what was put there."""
@@ -2416,34 +2428,20 @@ def replace_file(path: str, content: bytes) -> None:
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
-class TLS:
-    """Certificates, read again when they change."""
+def watch_certificate(certificate: str, key: str | None = None) -> WatchedFiles[ssl.SSLContext]:
+    """What TLS is spoken with, from PEM files that are read again when they change. Raises StartupError."""
 
-    def __init__(self, certificate: str, key: str | None = None) -> None:
-        """Paths of PEM files. Raises StartupError."""
-        self._certificate, self._key = certificate, key
-        paths = [path for path in (certificate, key) if path]
-        self._context = WatchedFiles(paths, self._load)
-
-    def _load(self) -> ssl.SSLContext:
+    def load() -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self._certificate, self._key)
+        context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        context.load_cert_chain(certificate, key)
         return context
 
-    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
-        """A connection that speaks TLS once the handshake is done. Takes the socket over."""
-        return self._context.get().wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
-        )
+    return WatchedFiles([path for path in (certificate, key) if path], load)
 
 
 # === Messages =========================================================================================
-
-
-def is_tls(connection: socket.socket) -> bool:
-    """Whether what goes over a connection is encrypted on the way."""
-    return ssl is not None and isinstance(connection, ssl.SSLSocket)
 
 
 class FileRange(NamedTuple):
@@ -2452,19 +2450,6 @@ class FileRange(NamedTuple):
     file: BinaryIO
     start: int
     length: int
-
-
-def set_timeout(connection: socket.socket, direction: str, seconds: float) -> None:
-    """Bound how long one receive ("RCV") or send ("SND") may wait.
-
-    In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
-    """
-    if os.name == "posix" and not is_tls(connection):
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
-            return
-    connection.settimeout(seconds)
 
 
 def _is_hopeless(head: bytes) -> bool:
@@ -2482,10 +2467,59 @@ class SocketReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.evictable_at = time.monotonic()  # from then on it may be given up for another connection
+        self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
+        self._tls = False
         self._pending = b""  # received, from _start on not yet consumed
         self._start = 0
         self._timeout: float | None = None
-        set_timeout(connection, "SND", STALL_TIMEOUT)
+        self._set_timeout("SND", STALL_TIMEOUT)
+        with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _set_timeout(self, direction: str, seconds: float) -> None:
+        """Bound how long one receive ("RCV") or send ("SND") may wait.
+
+        In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
+        """
+        if os.name == "posix" and not self._tls:
+            value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
+                return
+        self.socket.settimeout(seconds)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Bound the next receive, or what TLS does next, sparing the system call when it is bounded so."""
+        if seconds != self._timeout:
+            self._set_timeout("RCV", seconds)
+            self._timeout = seconds
+
+    def _receive_within(self, seconds: float) -> None:
+        """Bound the next receive, by the deadline as well."""
+        if self.deadline:
+            seconds = min(seconds, self.deadline - time.monotonic())
+            if seconds <= 0:
+                raise ClientGone
+        self._wait_at_most(seconds)
+
+    def _receive(self, seconds: float) -> bytes:
+        self._receive_within(seconds)
+        try:
+            return self.socket.recv(RECEIVE_SIZE)
+        except OSError as error:
+            raise ClientGone from error
+
+    def begin_tls(self, context: ssl.SSLContext) -> None:
+        """Shake hands; everything from there on is encrypted."""
+        try:
+            self.socket.getpeername()  # raises if it was reset: wrap_socket would too, and leave it unclosed
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self._tls = True
+            self._wait_at_most(HEADER_TIMEOUT)
+            self.socket.do_handshake()
+        except (OSError, ValueError) as error:
+            raise ClientGone from error
 
     def read_head(self) -> bytes:
         """The next request's head, its last line unterminated; empty if the client is done with us.
@@ -2494,21 +2528,21 @@ class SocketReader:
         """
         head = self._pending[self._start :]
         self._pending, self._start = b"", 0
-        deadline = 0.0
+        self.deadline = 0.0
         while True:
-            if head and not deadline:
-                deadline = time.monotonic() + HEADER_TIMEOUT
             head = LEADING_LINES.sub(b"", head, count=1)
             end = head.find(b"\r\n\r\n")
             if end >= 0:
                 break
             if _is_hopeless(head):
                 return head
-            more = self._receive(deadline - time.monotonic() if deadline else IDLE_TIMEOUT)
+            if head and not self.deadline:
+                self.deadline = time.monotonic() + HEADER_TIMEOUT
+            more = self._receive(IDLE_TIMEOUT)
             if not more:
                 return b""
             head += more
-        self._pending, self._start = head, end + 4
+        self._pending, self._start, self.deadline = head, end + 4, 0.0
         return head[:end]
 
     def read_line(self, limit: int) -> bytes | None:
@@ -2535,7 +2569,7 @@ class SocketReader:
             view[:count] = memoryview(self._pending)[self._start : self._start + count]
             self._start += count
             return count
-        self.wait_at_most(STALL_TIMEOUT)
+        self._receive_within(STALL_TIMEOUT)
         try:
             count = self.socket.recv_into(view)
         except OSError as error:
@@ -2546,9 +2580,9 @@ class SocketReader:
 
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
-        flags = getattr(socket, "MSG_MORE", 0) if more and not is_tls(self.socket) else 0
-        if is_tls(self.socket):
-            self.wait_at_most(STALL_TIMEOUT)
+        flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
+        if self._tls:
+            self._wait_at_most(STALL_TIMEOUT)
         try:
             for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
                 self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
@@ -2558,7 +2592,7 @@ class SocketReader:
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
         start, stop = part.start, part.start + part.length
-        if is_tls(self.socket) or not hasattr(os, "sendfile"):
+        if self._tls or not hasattr(os, "sendfile"):
             self._copy_file(part)
             return
         try:
@@ -2580,20 +2614,29 @@ class SocketReader:
             self.send(buffer[:count])
             left -= count
 
-    def wait_at_most(self, seconds: float) -> None:
-        """Bound the next receives, sparing the system call when the bound is that already."""
-        if seconds != self._timeout:
-            set_timeout(self.socket, "RCV", seconds)
-            self._timeout = seconds
+    def stop_sending(self) -> None:
+        """Tell the client that nothing more will come, without waiting for it to say the same."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._tls:
+                self._wait_at_most(0)
+                self.socket.unwrap()  # type: ignore[attr-defined]  # close_notify (RFC 8446, 6.1)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
-    def _receive(self, timeout: float) -> bytes:
-        if timeout <= 0:
-            raise ClientGone
-        self.wait_at_most(timeout)
-        try:
-            return self.socket.recv(RECEIVE_SIZE)
-        except OSError as error:
-            raise ClientGone from error
+    def linger(self) -> NoReturn:
+        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6).
+
+        Ends, as everything here, when the client is gone or the deadline comes.
+        """
+        self.stop_sending()
+        buffer = memoryview(bytearray(RECEIVE_SIZE))
+        while True:
+            self.readinto(buffer)
+
+    def close(self) -> None:
+        """Hang up in good order."""
+        self.stop_sending()
+        self.socket.close()
 
 
 class RequestHead(NamedTuple):
@@ -2622,8 +2665,8 @@ def parse_head(data: bytes) -> RequestHead:
         raise RegistryError(ErrorCode.BAD_REQUEST, "bare CR, bare LF or NUL")
     method, target, version = _parse_request_line(lines[0])
     headers = _parse_headers(lines[1:])
-    if version == "HTTP/1.1" and "host" not in headers:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host")
+    if (version == "HTTP/1.1" or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
+        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
     return RequestHead(method, target, version, headers)
 
 
@@ -2655,7 +2698,10 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _header_name(name: str) -> str:
-    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold."""
+    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold.
+
+    Only names that are well-formed, and so of bounded length, are remembered.
+    """
     if not HEADER_NAME.fullmatch(name):
         raise RegistryError(ErrorCode.BAD_REQUEST, "bad header name")
     return name.lower()
@@ -2684,8 +2730,18 @@ class Body:
         self._reader = reader
         self._remaining = length or 0  # of the body, or of the chunk being read
         self._expected = expected and length != 0
-        self._broken = False
         self.done = length == 0
+
+    @property
+    def drainable(self) -> bool:
+        """Whether what was not read is known to be so little that the next request can follow it."""
+        return self.done or bool(self.length and not self._expected and self._remaining <= DRAIN_LIMIT)
+
+    def drain(self) -> None:
+        """Skip what was not read."""
+        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining)))
+        while self.readinto(buffer):
+            pass
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
@@ -2706,12 +2762,12 @@ class Body:
         if self.length is not None:
             self.done = True
         elif self._read_line():
-            raise self._malformed("a chunk is longer than its size says")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
 
     def _next_chunk(self) -> None:
         size = CHUNK_SIZE.fullmatch(self._read_line())
         if not size:
-            raise self._malformed("bad chunk size")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
         if not self._remaining:
             self._skip_trailers()
@@ -2720,7 +2776,7 @@ class Body:
     def _read_line(self) -> bytes:
         line = self._reader.read_line(CHUNK_LINE_LIMIT)
         if line is None:
-            raise self._malformed("bad line between chunks")
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
         return line
 
     def _skip_trailers(self) -> None:
@@ -2731,37 +2787,25 @@ class Body:
             name, colon, value = line.decode("latin-1").partition(":")
             if not colon or not HEADER_NAME.fullmatch(name) or "\r" in value or "\0" in value:
                 break
-        raise self._malformed("bad trailer")
-
-    def _malformed(self, reason: str) -> RegistryError:
-        """The error for a body whose end can no longer be found: nothing more is read from it."""
-        self._broken = True
-        return RegistryError(ErrorCode.BAD_REQUEST, reason)
+        raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
 
     def read(self, limit: int, too_large: ErrorCode) -> bytes:
-        """The whole body. Raises too_large past the limit, before reading it when its length is known."""
+        """The whole body. Raises too_large past the limit, before reading it when its length is known.
+
+        It has to arrive within a time that its length sets: no client holds a connection with so little.
+        """
         if self.length is not None and self.length > limit:
             raise RegistryError(too_large)
-        content = bytearray()
-        buffer = memoryview(bytearray(min(self.length or RECEIVE_SIZE, RECEIVE_SIZE)))
+        now, size = time.monotonic(), limit if self.length is None else self.length
+        self._reader.deadline = now + HEADER_TIMEOUT + size / SLOWEST_BODY
+        self._reader.evictable_at = now + EVICTION_DELAY
+        content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
         while count := self.readinto(buffer):
             content += buffer[:count]
             if len(content) > limit:
                 raise RegistryError(too_large)
+        self._reader.deadline, self._reader.evictable_at = 0.0, math.inf
         return bytes(content)
-
-    def drain(self) -> bool:
-        """Skip what was not read, if that is not much; whether the next request can follow."""
-        if self.done:
-            return True
-        if self._expected or (self.length is not None and self._remaining > DRAIN_LIMIT):
-            return False
-        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining or RECEIVE_SIZE)))
-        skipped = 0
-        with contextlib.suppress(RegistryError):
-            while skipped <= DRAIN_LIMIT and not self.done and not self._broken:
-                skipped += self.readinto(buffer)
-        return self.done
 
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -2790,7 +2834,8 @@ class Request:
         self.wanted: Scope | None = None  # what a token must be good for
         self._reader = reader
         self.method = self.target = "-"
-        self.path = self._query = ""
+        self.path = ""
+        self._parameters: dict[str, list[str]] = {}
         self.headers: dict[str, str] = {}
         self.body = Body(reader, 0, expected=False)
         self.persistent = False  # whether the client may send another after this one
@@ -2801,7 +2846,7 @@ class Request:
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
         self.method, self.target, version, self.headers = head = parse_head(data)
         self._look_behind_proxies()
-        self.path, self._query = split_target(self.target, self.headers.get("host", ""))
+        self._parse_target(self.target)
         length = body_length(head)
         expectation = self.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
@@ -2810,13 +2855,27 @@ class Request:
         self.body = Body(self._reader, length, expected=bool(expectation) and modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
+    def _parse_target(self, target: str) -> None:
+        absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
+        if absolute:
+            self.headers["host"], target = absolute.groups()  # as RFC 9112, 3.2.2 demands
+            if not HOST.fullmatch(self.headers["host"]):
+                raise RegistryError(ErrorCode.BAD_REQUEST, "the target names no host")
+        path, _, query = target.partition("?")
+        try:
+            self.path = unquote(path, errors="strict") if "%" in path else path
+        except UnicodeDecodeError:
+            raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
+        if query:
+            self._parameters = parse_parameters(query.replace("+", "%2B"))
+
     def parameters(self, name: str) -> list[str]:
         """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
-        return parse_parameters(self._query, name) if self._query else []
+        return self._parameters.get(name, [])
 
     def parameter(self, name: str) -> str | None:
         """A parameter's first value, or None."""
-        return next(iter(self.parameters(name)), None) if self._query else None
+        return next(iter(self.parameters(name)), None)
 
     def identify(self) -> Caller:
         """Who makes the request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
@@ -2854,29 +2913,13 @@ class Request:
             self.address = str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def parse_parameters(query: str, name: str) -> list[str]:
-    """Every value that a query or form gives a parameter."""
-    pairs = (pair.partition("=") for pair in query.split("&"))
-    return [decode_percent(value) for key, _, value in pairs if decode_percent(key) == name]
-
-
-def split_target(target: str, host: str) -> tuple[str, str]:
-    """A request target's path, decoded, and its query, as it is. Raises BAD_REQUEST."""
-    if target.startswith(("http://", "https://")):  # absolute-form, RFC 9112, 3.2.2
-        authority, _, rest = target.partition("//")[2].partition("/")
-        if authority.lower() != host.lower():
-            raise RegistryError(ErrorCode.BAD_REQUEST, "the target names another host than Host does")
-        target = f"/{rest}"
-    path, _, query = target.partition("?")
-    return (decode_percent(path) if "%" in path else path), query
-
-
-def decode_percent(text: str) -> str:
-    """Percent-decode a part of a target. Raises BAD_REQUEST for what is not UTF-8."""
+def parse_parameters(text: str) -> dict[str, list[str]]:
+    """The values of each parameter of a query or form. Raises BAD_REQUEST."""
     try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
+        return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=PARAMETER_LIMIT)
+    except ValueError:
+        reason = f"the parameters are not UTF-8, or more than {PARAMETER_LIMIT}"
+        raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
 
 
 class Reply(NamedTuple):
@@ -2996,8 +3039,8 @@ def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> 
 
 
 def requested_range(request: Request, content: Descriptor) -> tuple[int, int] | None:
-    """The part of a content that the client asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
-    text = request.headers.get("range")
+    """The part of a content that a GET asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
+    text = request.headers.get("range") if request.method == "GET" else None
     if text is None or request.headers.get("if-range", f'"{content.digest}"') != f'"{content.digest}"':
         return None
     return parse_range(text, content.size)
@@ -3239,17 +3282,14 @@ def token_post(request: Request) -> Reply:
     """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
     require_access(request)
     try:
-        form = request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii").replace("+", "%20")
+        form = parse_parameters(request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii"))
     except UnicodeDecodeError:
         raise RegistryError(ErrorCode.BAD_REQUEST, "the form is not ASCII") from None
-    values = {
-        name: next(iter(parse_parameters(form, name)), "")
-        for name in ("grant_type", "username", "password", "service")
-    }
+    values = {name: form.get(name, [""])[0] for name in ("grant_type", "username", "password", "service")}
     if values["grant_type"] != "password":
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
     user = request.context.access.log_in(values["username"], values["password"], request.address)
-    return token_reply(request, user, parse_parameters(form, "scope"), values["service"])
+    return token_reply(request, user, form.get("scope", []), values["service"])
 
 
 def require_access(request: Request) -> None:
@@ -3308,23 +3348,19 @@ def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
     """The methods of each path. A name may hold slashes, and takes all that the rest of the path leaves."""
     paths: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
-        methods = paths.setdefault(route.path, {})
+        pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", route.path).replace("<name>[^/]", "<name>.")
+        pattern += "?" if pattern.endswith("/") else ""
+        methods = paths.setdefault(pattern, {})
         methods[route.method] = route
         if route.method == "GET":
             methods["HEAD"] = route
-    return [(_compile_path(path), methods) for path, methods in paths.items()]
-
-
-def _compile_path(path: str) -> re.Pattern[str]:
-    pattern = path[:-1] + "/?" if path.endswith("/") else path
-    pattern = re.sub("<(?!name>)", "(?P<", pattern.replace("<name>", "(?P<name>.+)"))
-    return re.compile(re.sub(r"(?<=[a-z])>(?!\.)", ">[^/]+)", pattern), re.DOTALL)
+    return [(re.compile(pattern, re.DOTALL), methods) for pattern, methods in paths.items()]
 
 
 _COMPILED_ROUTES = _compile_routes()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
     for pattern, methods in _COMPILED_ROUTES:
@@ -3334,7 +3370,6 @@ def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     raise RegistryError(ErrorCode.NOT_FOUND)
 
 
-@functools.lru_cache(maxsize=4096)
 def is_name(name: str) -> bool:
     """Whether this is a legal repository name (specification, "Pulling manifests")."""
     return len(name) <= NAME_LIMIT and NAME.fullmatch(name) is not None
@@ -3342,15 +3377,28 @@ def is_name(name: str) -> bool:
 
 def dispatch(request: Request) -> Reply:
     """Run the operation that a request asks for. Raises whatever keeps it from being answered."""
-    methods, arguments = find_path(request.path)
-    route = methods.get(request.method)
+    find = find_path if len(request.path) <= 2 * NAME_LIMIT else find_path.__wrapped__  # which remembers none
+    methods, arguments = find(request.path)
+    try:
+        return run_route(request, methods.get(request.method), arguments)
+    except RegistryError as error:
+        if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            writable = not request.store.read_only
+            others = [name for name in methods if name != request.method]
+            allowed = [name for name in others if writable or methods[name].access not in ("push", "delete")]
+            error.headers = (("Allow", ", ".join(sorted(allowed))),)
+        raise
+
+
+def run_route(request: Request, route: Route | None, arguments: dict[str, str]) -> Reply:
+    """Run an operation on what the path names, if that is well-formed and the caller may."""
     if route is None:
-        raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED, headers=(("Allow", ", ".join(sorted(methods))),))
+        raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED)
     if "name" in arguments and not is_name(arguments["name"]):
         writes = request.method in ("POST", "PUT", "PATCH")
         raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
     if request.store.read_only and route.access in ("push", "delete"):
-        raise RegistryError(ErrorCode.READ_ONLY, headers=(("Allow", "GET, HEAD"),))
+        raise RegistryError(ErrorCode.READ_ONLY)
     if request.context.access.enabled and route.access:
         authorize(request, route.access, arguments.get("name", ""))
     return route.handler(request, **arguments)
@@ -3412,23 +3460,19 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 @functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """A Date header's value (RFC 9110, 5.6.7)."""
-    moment = time.gmtime(second)
-    day, month = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+def common_headers(second: int) -> str:
+    """The header lines of every reply. What was pushed is not to run anything in a browser."""
     return (
-        f"{day[moment.tm_wday * 3 :][:3]}, {moment.tm_mday:02} {month[moment.tm_mon * 3 - 3 :][:3]}"
-        f" {moment.tm_year} {time.strftime('%H:%M:%S', moment)} GMT"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
+        "Docker-Distribution-API-Version: registry/2.0\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        "Content-Security-Policy: default-src 'none'; sandbox"
     )
 
 
 def encode_head(reply: Reply, *, keep: bool) -> bytes:
     """A reply's status line and headers, with those that every reply has; keep: the connection stays open."""
-    lines = [
-        f"HTTP/1.1 {reply.status} {REASONS[reply.status]}",
-        f"Date: {http_date(int(time.time()))}",
-        "Docker-Distribution-API-Version: registry/2.0",
-    ]
+    lines = [f"HTTP/1.1 {reply.status} {REASONS[reply.status]}", common_headers(int(time.time()))]
     if reply.status not in (204, 304):
         lines.append(f"Content-Length: {reply.length}")
     lines += [f"{name}: {value}" for name, value in reply.headers]
@@ -3437,68 +3481,59 @@ def encode_head(reply: Reply, *, keep: bool) -> bytes:
 
 
 class Connection(socketserver.BaseRequestHandler):
-    """One client's connection, in a thread of its own: requests and replies in turn until either is done."""
+    """One client's connection: requests and replies in turn until either is done."""
 
     server: Server
-    request: socket.socket
 
-    def setup(self) -> None:
-        """Called by socketserver before handle."""
-        self.thread = threading.current_thread()
-        self.idle_since = time.monotonic()  # 0.0 while it is busy
-        self.server.opened(self)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
+        """Take the socket over. Unlike its base class, that does not serve it yet: see run."""
+        self.client_address = client_address
+        self.server = server
+        self.idle = True  # between requests
+        self.reader = SocketReader(request)
 
-    def handle(self) -> None:
-        """Called by socketserver; returns when the connection is to be closed."""
-        with contextlib.suppress(ClientGone):
-            self._shake_hands()
-            self.reader = SocketReader(self.request)
-            while self._serve_one():
-                pass
-
-    def _shake_hands(self) -> None:
-        """Begin TLS, if that is spoken here: in this thread, so that only it waits for a silent client."""
-        if self.server.tls is None:
-            return
+    def run(self) -> None:
+        """Serve it to its end; called in a thread of the server's."""
         try:
-            self.request = self.server.tls.wrap(self.request)
-            self.request.settimeout(HEADER_TIMEOUT)
-            self.request.do_handshake()
-        except (OSError, ValueError) as error:
-            raise ClientGone from error
+            if self.server.tls is not None:
+                self.reader.begin_tls(self.server.tls.get())
+            while data := self.reader.read_head():
+                self._serve(data)
+        except ClientGone:
+            pass
+        finally:
+            self.reader.close()
 
-    def finish(self) -> None:
-        """Called by socketserver after handle, also when that failed."""
-        if is_tls(self.request):  # it took the socket over that socketserver is going to close
-            self.request.close()
-        self.server.closed(self)
-
-    def hang_up(self) -> None:
+    def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not TLS's own, which is for its thread
+            socket.socket.shutdown(self.reader.socket, how)  # not TLS's own, which is for its thread
 
-    def _serve_one(self) -> bool:
-        """Serve one request; whether another may follow on this connection."""
-        data = self.reader.read_head()
-        if not data:
-            return False
-        self.idle_since, started = 0.0, time.perf_counter()
-        request = Request(self.server.context, self.reader, self.client_address[0])
+    def _serve(self, data: bytes) -> None:
+        """Serve one request. Raises ClientGone if no other may follow on this connection."""
+        reader, started = self.reader, time.perf_counter()
+        self.idle, reader.evictable_at = False, math.inf
+        request = Request(self.server.context, reader, self.client_address[0])
         reply = Reply(CLIENT_GONE)
         try:
             reply = self._answer(request, data)
-            keep = request.persistent and not self.server.stopping and request.body.drain()
+            keep = request.persistent and not self.server.stopping and request.body.drainable
+            if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
+                reader.evictable_at = time.monotonic() + EVICTION_DELAY
             self._send(reply, bodiless=request.method == "HEAD", keep=keep)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
             self._log(request, reply, started)
-        if not keep:
-            self._linger()
-        self.idle_since = time.monotonic()
-        return keep and not self.server.stopping
+        now = time.monotonic()
+        if not keep or not request.body.done:
+            reader.evictable_at, reader.deadline = now + EVICTION_DELAY, now + LINGER_TIMEOUT
+            if not keep:
+                reader.linger()
+            request.body.drain()
+        self.idle, reader.evictable_at = True, now
+        if self.server.stopping:
+            raise ClientGone
 
     def _answer(self, request: Request, data: bytes) -> Reply:
         try:
@@ -3520,24 +3555,13 @@ class Connection(socketserver.BaseRequestHandler):
             self.reader.send(head, more=True)
             self.reader.send_file(reply.body)
 
-    def _linger(self) -> None:
-        """Let the client read the reply first: closing on unread bytes would reset it (RFC 9112, 9.6)."""
-        deadline = time.monotonic() + LINGER_TIMEOUT
-        buffer = bytearray(RECEIVE_SIZE)
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self.reader.wait_at_most(left)
-                if not self.request.recv_into(buffer):
-                    break
-
     def _log(self, request: Request, reply: Reply, started: float) -> None:
         if self.server.log is None:
             return
         moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         milliseconds = (time.perf_counter() - started) * 1000
-        agent = json.dumps(request.headers.get("user-agent", "-"))  # quoted, so that it stays one field
-        target = CREDENTIALS.sub("//", request.target)
+        agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # quoted, so that it stays one field
+        target = CREDENTIALS.sub("//", request.target)[:500]
         self.server.log(
             f"{moment} {request.address} {request.method} {target} {reply.status} {reply.length}"
             f" {milliseconds:.1f}ms {agent}"
@@ -3553,14 +3577,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, each served by a Connection in a thread, until it is told to stop."""
+    """Accepts connections, each served by a Connection in a thread, until it is told to stop.
+
+    Of what socketserver calls, these are overridden: get_request, verify_request, process_request,
+    handle_error, server_close.
+    """
 
     def __init__(
         self,
         listener: socket.socket,
         context: Context,
         *,
-        tls: TLS | None = None,
+        tls: WatchedFiles[ssl.SSLContext] | None = None,
         max_connections: int = MAX_CONNECTIONS,
         parent_alive: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
@@ -3578,8 +3606,10 @@ class Server(ThreadingHTTPServer):
         self._max_connections = max_connections
         self._parent_alive = parent_alive
         self.stopping = False
-        self._connections: dict[Connection, None] = {}  # in the order in which they were opened
-        self._serving: set[threading.Thread] = set()
+        self.connections: set[Connection] = set()
+        self._closed = threading.Condition()  # notified when a connection has ended
+        self._handed_over: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self._idle_threads = 0  # that wait for what is handed over
         self.waker, self._wakee = socket.socketpair()  # whatever is sent there has serve_forever look up
         self.waker.setblocking(False)
 
@@ -3593,20 +3623,7 @@ class Server(ThreadingHTTPServer):
             while not self.stopping:
                 ready = [key.fileobj for key, _ in selector.select()]
                 self.stopping = self.stopping or self._parent_alive in ready
-                self._accept()
-
-    def _accept(self) -> None:
-        try:
-            connection, address = self.get_request()
-        except (OSError, MemoryError):
-            return
-        try:
-            if self.verify_request(connection, address):
-                self.process_request(connection, address)
-                return
-        except Exception:  # no thread could be started for it
-            self.handle_error(connection, address)
-        self.shutdown_request(connection)
+                self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept one connection. Short of descriptors, waits a moment instead of spinning."""
@@ -3614,53 +3631,63 @@ class Server(ThreadingHTTPServer):
             connection, address = self.socket.accept()
         except BlockingIOError:
             raise
-        except OSError:
+        except (OSError, MemoryError) as error:
             time.sleep(0.05)
-            raise
+            raise OSError from error
         connection.setblocking(True)
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-        if len(self._serving) >= self._max_connections:
-            idle = [connection for connection in list(self._connections) if connection.idle_since]
-            if idle:
-                longest = min(idle, key=lambda connection: connection.idle_since)
-                longest.hang_up()
-                longest.thread.join(EVICTION_TIMEOUT)
-        if len(self._serving) < self._max_connections:
+
+        def has_room() -> bool:
+            return len(self.connections) < self._max_connections
+
+        if has_room():
             return True
-        with contextlib.suppress(OSError):
-            reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
-            request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
+        now = time.monotonic()
+        idle = [other for other in list(self.connections) if other.reader.evictable_at <= now]
+        if idle:
+            min(idle, key=lambda other: other.reader.evictable_at).hang_up()
+            with self._closed:
+                if self._closed.wait_for(has_room, EVICTION_TIMEOUT):
+                    return True
+        if self.tls is None:  # in the middle of a handshake, this would be noise
+            with contextlib.suppress(OSError):
+                reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
+                request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread, known before it runs, so that finish_requests misses none."""
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), daemon=True
-        )
-        self._serving.add(thread)
+        """Have a thread serve a connection: one that has served another, since starting one takes longer."""
+        connection = Connection(request, client_address, self)
+        with self._closed:
+            self.connections.add(connection)  # before it runs, so that finish_requests misses none
+            idle = self._idle_threads > 0
+            self._idle_threads -= idle
+        if idle:
+            self._handed_over.put(connection)
+            return
         try:
-            thread.start()
-        except BaseException:
-            self._serving.discard(thread)
+            threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
+        except BaseException:  # there are no more threads
+            self.connections.discard(connection)
             raise
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._serving.discard(threading.current_thread())
-
-    def opened(self, connection: Connection) -> None:
-        """A connection's thread has begun."""
-        self._connections[connection] = None
-
-    def closed(self, connection: Connection) -> None:
-        """A connection's thread is about to end."""
-        self._connections.pop(connection, None)
+    def _serve_connections(self, connection: Connection | None) -> None:
+        """Serve one connection after another; unless enough threads wait for the next one already."""
+        while connection:
+            try:
+                connection.run()
+            except Exception:
+                self.handle_error(None, connection.client_address)
+            with self._closed:
+                self.connections.discard(connection)
+                self._closed.notify_all()
+                if self.stopping or self._idle_threads == IDLE_THREADS:
+                    return
+                self._idle_threads += 1
+            connection = self._handed_over.get()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no reply could be made of: log it, and go on serving."""
@@ -3675,28 +3702,26 @@ class Server(ThreadingHTTPServer):
     def finish_requests(self, timeout: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
         deadline = time.monotonic() + timeout
-        while self._serving and time.monotonic() < deadline:
-            self._hang_up(lambda connection: connection.idle_since > 0)
-            self._join(0.05)
-        self._hang_up(lambda connection: True)
-        self._join(1.0)
+        while self.connections and time.monotonic() < deadline:
+            for connection in list(self.connections):
+                if connection.idle:  # TLS has something to say yet
+                    connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
+            self._wait_until_closed(0.05)
+        for connection in list(self.connections):
+            connection.hang_up()
+        self._wait_until_closed(1.0)
 
-    def _hang_up(self, condition: Callable[[Connection], bool]) -> None:
-        for connection in list(self._connections):
-            if condition(connection):
-                connection.hang_up()
-
-    def _join(self, timeout: float) -> None:
-        """Wait until all connections' threads have ended, or for so many seconds."""
-        deadline = time.monotonic() + timeout
-        for thread in list(self._serving):
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def _wait_until_closed(self, timeout: float) -> None:
+        """Wait until all connections have ended, or for so many seconds."""
+        with self._closed:
+            self._closed.wait_for(lambda: not self.connections, timeout)
 
     def server_close(self) -> None:
-        """Free the port."""
-        super().server_close()
-        self.waker.close()
-        self._wakee.close()
+        """Free the port, and let the threads end that wait for another connection."""
+        for end in (self.socket, self.waker, self._wakee):
+            end.close()
+        for _ in range(self._idle_threads):
+            self._handed_over.put(None)
 
 
 # === Embedding ========================================================================================
@@ -3818,7 +3843,7 @@ class Registry:
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
-            tls = TLS(self.tls_cert, self.tls_key) if self.tls_cert else None
+            tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
             context = Context(
                 self.store, self._open_access(), self.public_url, tls is not None, self._parse_proxies()
             )

@@ -1155,7 +1155,7 @@ class FailureTest(AccessTestCase):
         self.assertEqual((access._queue._waiting, access._verified._things), ({}, {}))
 
     def test_what_has_expired_is_dropped(self) -> None:
-        cache = registry.ExpiringCache(10)
+        cache = registry.Cache(10)
         for moment, key in enumerate("abcdef"):
             with mock.patch.object(registry.time, "monotonic", return_value=float(moment)):
                 cache.put(key, key, 2.5)
@@ -1505,6 +1505,9 @@ class ReadOnlyTest(AccessTestCase):
         client = self.serve(users=None, read_only=True)
         before = self.data.files(), self.data.unfinished()
         self.assert_only_reads(client, session)
+        for path, methods in (("manifests/latest", "GET, HEAD"), ("blobs/uploads/", ""), (session, "")):
+            self.assertEqual(client.request("BREW", path).headers["Allow"], methods)
+            self.assertEqual(client.put(path, b"x").headers["Allow"], methods)
         self.assertEqual((self.data.files(), self.data.unfinished()), before)
 
     def test_users_are_asked_for_all_the_same(self) -> None:

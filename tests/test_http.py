@@ -136,7 +136,7 @@ class ChunkedTest(HTTPConnectionTestCase):
     def test_trailers_have_a_limit(self) -> None:
         body = b"5\r\nhello\r\n0\r\n"
         for trailers in (b"A: b\r\n" * 50_000, b"A: " + b"b" * 300_000 + b"\r\n"):
-            self.assert_refused(self.post(self.CHUNKED, body=body + trailers + b"\r\n"), 400, 431)
+            self.assert_refused(self.post(self.CHUNKED, body=body + trailers + b"\r\n"))
 
     def test_nothing_of_malformed_chunks_is_left(self) -> None:
         self.post(self.CHUNKED, body=b"5\r\nhello\r\nX\r\n\r\n").read()
@@ -168,22 +168,12 @@ class FramingTest(HTTPConnectionTestCase):
             ([b"Content-Length: \xd9\xa5"], HELLO),
         ):
             with self.subTest(lines):
-                connection = self.post(*lines, body=body)
-                # The same length twice is a duplicate that RFC 9110 lets a server accept or refuse.
-                if lines == [b"Content-Length: 5", b"content-length: 05"]:
-                    self.assert_status(connection.read(), 201, 400)
-                    self.client.delete(f"blobs/{HELLO_DIGEST}")
-                else:
-                    self.assert_refused(connection)
+                self.assert_refused(self.post(*lines, body=body))
 
-    def test_a_length_beyond_all_bounds_is_refused_or_awaited(self) -> None:
+    def test_a_length_beyond_all_bounds_is_refused(self) -> None:
         for length in (b"9" * 30, b"9" * 5000):
             with self.subTest(length[:40]):
-                connection = self.post(b"Content-Length: " + length)
-                connection.stop_sending()
-                response = connection.read_unless_closed()
-                self.assertIn(response and response.status, (None, 400, 413, 431))
-                self.assertTrue(connection.is_closed())
+                self.assert_refused(self.post(b"Content-Length: " + length))
 
     def test_another_transfer_coding_is_refused(self) -> None:
         chunked = b"5\r\nhello\r\n0\r\n\r\n"
@@ -202,7 +192,7 @@ class FramingTest(HTTPConnectionTestCase):
             [b"Transfer-Encoding:", b"Content-Length: 5"],
         ):
             with self.subTest(lines):
-                self.assert_refused(self.post(*lines, body=chunked), 400, 501)
+                self.assert_refused(self.post(*lines, body=chunked))
 
     def test_a_malformed_header_line_is_refused(self) -> None:
         for line in (
@@ -229,19 +219,16 @@ class FramingTest(HTTPConnectionTestCase):
             with self.subTest(separator):
                 line = b"X: a" + separator + b"Transfer-Encoding: chunked"
                 response = self.post(b"Content-Length: 5", line).read()
-                self.assert_status(response, 201, 400)
+                self.assert_status(response, 400 if separator == b"\r" else 201)
 
-    def test_bare_line_feeds_are_refused_or_understood(self) -> None:
+    def test_bare_line_feeds_are_refused(self) -> None:
         for data in (
             b"GET /v2/ HTTP/1.1\nHost: a\n\n",
             b"GET /v2/ HTTP/1.1\r\nHost: a\nX: y\r\n\r\n",
             b"GET /v2/ HTTP/1.1\nHost: a\r\n\r\n",
         ):
             with self.subTest(data):
-                connection = self.send(data)
-                connection.stop_sending()
-                response = connection.read_unless_closed()
-                self.assertIn(response and response.status, (None, 200, 400))
+                self.assert_refused(self.send(data))
 
     def test_a_malformed_request_line_is_refused(self) -> None:
         for line in (
@@ -282,8 +269,8 @@ class FramingTest(HTTPConnectionTestCase):
             b"GET v2/ HTTP/1.1",
             b"GET ? HTTP/1.1",
             b"GET //v2/ HTTP/1.1",
-            b"GET http://[ HTTP/1.1",
-            b"GET http://a:b:c/ HTTP/1.1",
+            b"GET HTTP:/v2/ HTTP/1.1",
+            b"GET ftp://a/v2/ HTTP/1.1",
             b"GET /v2/\xff/tags/list HTTP/1.1",
             b"GET /v2/%/tags/list HTTP/1.1",
             b"GET /v2/%zz/tags/list HTTP/1.1",
@@ -298,12 +285,46 @@ class FramingTest(HTTPConnectionTestCase):
                 self.assertTrue(response.status in (200, 204, 501) or 400 <= response.status < 500, response)
                 self.assert_clean_afterwards(connection)
 
-    def test_a_missing_or_repeated_host_is_answered(self) -> None:
-        for lines in (b"", b"Host:\r\n", b"Host: a\r\nHost: b\r\n"):
-            with self.subTest(lines):
-                connection = self.send(b"GET /v2/ HTTP/1.1\r\n" + lines + b"\r\n")
-                self.assert_status(connection.read(), 200, 400)
+    def test_a_missing_repeated_or_malformed_host_is_refused(self) -> None:
+        hosts = (
+            b"Host:",
+            b"Host: a\r\nHost: a",
+            b"Host: a b",
+            b"Host: a, b",
+            b"Host: a/b",
+            b"Host: a@b",
+            b"Host: http://a",
+            b"Host: a:b",
+            b"Host: a:1:2",
+            b"Host: ::1",
+            b"Host: [::1",
+            b"Host: [a]b",
+            b'Host: a"b',
+            b"Host: \xe4",
+            b"Host: " + b"a" * 256,
+        )
+        for line in (b"GET /v2/ HTTP/1.1\r\n", b"GET http://a/v2/ HTTP/1.1\r\n"):
+            for host in (b"X: y", *hosts):
+                with self.subTest(line, host=host):
+                    self.assert_refused(self.send(line + host + b"\r\n\r\n"))
+        for host in hosts:
+            with self.subTest(host=host):
+                self.assert_refused(self.send(b"GET /v2/ HTTP/1.0\r\n" + host + b"\r\n\r\n"))
+
+    def test_hosts_are_names_and_addresses(self) -> None:
+        for host in (b"a", b"A.b-c_d:5000", b"127.0.0.1", b"[::1]", b"[::ffff:1.2.3.4]:5000", b"a:"):
+            with self.subTest(host):
+                self.assert_status(self.send(b"GET /v2/ HTTP/1.1\r\nHost: " + host + b"\r\n\r\n").read(), 200)
+
+    def test_a_target_in_absolute_form_names_the_host(self) -> None:
+        for target in ("http://a/v2/", "HTTP://a/v2/", "httpS://B:1/v2/?ns=x"):
+            with self.subTest(target):
+                connection = self.connect().request("GET", target)
+                self.assertEqual(connection.read().json, {})
                 self.assert_clean_afterwards(connection)
+        for authority in ("", ":80", "[", "a:b:c", "u@a", "u:p@a", "a b", "\xe4"):
+            with self.subTest(authority=authority):
+                self.assert_refused(self.connect().request("GET", f"http://{authority}/v2/"))
 
     def test_a_request_may_arrive_byte_by_byte(self) -> None:
         connection = self.connect()
@@ -316,8 +337,7 @@ class FramingTest(HTTPConnectionTestCase):
             with self.subTest(data):
                 connection = self.send(data)
                 connection.stop_sending()
-                response = connection.read_unless_closed()
-                self.assertIn(response and response.status, (None, 400))
+                self.assertTrue(connection.is_closed())
 
 
 class LimitTest(HTTPConnectionTestCase):
@@ -652,6 +672,14 @@ class ReplyTest(HTTPConnectionTestCase):
                     if response.status >= 400 and method != "HEAD":
                         self.assert_error(response, response.status)
 
+    def test_no_reply_runs_anything_in_a_browser(self) -> None:
+        for name, path in self.routes().items():
+            for method in ("GET", "HEAD", "BREW"):
+                with self.subTest(name, method=method):
+                    headers = self.client.request(method, path).headers
+                    self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+                    self.assertEqual(headers["Content-Security-Policy"], "default-src 'none'; sandbox")
+
     def test_a_refused_request_names_the_api_version(self) -> None:
         for data in (
             b"POST /v2/a/blobs/uploads/ HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
@@ -706,7 +734,7 @@ class RouteTest(HTTPConnectionTestCase):
     def test_the_root_answers(self) -> None:
         response = self.client.get("/v2/")
         self.assertEqual((response.status, response.json), (200, {}))
-        self.assert_status(self.client.get("/v2"), 200, 301, 302, 307, 308)
+        self.assertEqual(self.client.get("/v2").json, {})
         self.assert_status(self.client.get("/v2/?ns=docker.io"), 200)
 
     def test_an_unknown_route_is_404(self) -> None:
@@ -757,6 +785,18 @@ class RouteTest(HTTPConnectionTestCase):
                     self.assertEqual(set(allowed) & set(methods.split()), set())
                     for each in set(allowed) - {"DELETE"}:
                         self.assertNotEqual(self.client.request(each, path).status, 405)
+
+    def test_what_is_still_needed_tells_the_other_methods(self) -> None:
+        image = self.client.push_image("latest")
+        index = self.client.push_manifest(image_index([image.descriptor]))
+        for path, methods in (
+            (f"blobs/{digest_of(image.config)}", "GET, HEAD"),
+            (f"manifests/{image.digest}", "GET, HEAD, PUT"),
+        ):
+            response = self.client.delete(path)
+            self.assert_error(response, 405, "DENIED")
+            self.assertEqual(response.headers["Allow"], methods)
+        self.client.expect(202, "DELETE", f"manifests/{index}")
 
     def test_no_path_leads_out_of_the_data_directory(self) -> None:
         before = self.snapshot()
@@ -953,4 +993,4 @@ class NameTest(HTTPConnectionTestCase):
                 for method in ("GET", "POST", "PUT", "DELETE"):
                     with self.subTest(path, method=method):
                         status = self.client.request(method, path).status
-                        self.assertTrue(400 <= status < 500 or (status == 200 and "?" in path), status)
+                        self.assertEqual(status, 400)

@@ -1994,18 +1994,14 @@ class WatchedFiles(Generic[T]):
         """The current value."""
         if self._signature() != self._seen and self._lock.acquire(blocking=False):
             try:
-                self._reload()
+                self._seen = self._signature()
+                self._value = self._load()
+            except (OSError, ValueError) as error:
+                report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
+                print(f"registry.py: {report}", file=sys.stderr, flush=True)
             finally:
                 self._lock.release()
         return self._value
-
-    def _reload(self) -> None:
-        self._seen = self._signature()
-        try:
-            self._value = self._load()
-        except (OSError, ValueError) as error:
-            report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-            print(f"registry.py: {report}", file=sys.stderr, flush=True)
 
     def _signature(self) -> list[tuple[int, int, int] | None]:
         return [file_state(path) for path in self._paths]
@@ -2353,7 +2349,8 @@ class Access:
         content, _, signature = token.rpartition(".")
         if not hmac.compare_digest(signature.encode(), self._sign(content).encode()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
-        claims = json.loads(_unbase64_url(content.partition(".")[2]))
+        payload = content.partition(".")[2]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         if claims["aud"] != self.service or claims["exp"] <= time.time():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
         user = claims["sub"]
@@ -2368,10 +2365,6 @@ class Access:
 
 def _encode_part(value: object) -> str:
     return base64.urlsafe_b64encode(encode_json(value)).decode("ascii").rstrip("=")
-
-
-def _unbase64_url(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def _parse_basic(credentials: str) -> tuple[str, str]:
@@ -3271,7 +3264,6 @@ def referrer_list(request: Request, name: str, digest: str) -> Reply:
 
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
-    require_access(request)
     caller = request.identify()
     if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
         raise RegistryError(ErrorCode.UNAUTHORIZED)
@@ -3280,7 +3272,6 @@ def token_get(request: Request) -> Reply:
 
 def token_post(request: Request) -> Reply:
     """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
-    require_access(request)
     try:
         form = parse_parameters(request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii"))
     except UnicodeDecodeError:
@@ -3290,12 +3281,6 @@ def token_post(request: Request) -> Reply:
         raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
     user = request.context.access.log_in(values["username"], values["password"], request.address)
     return token_reply(request, user, form.get("scope", []), values["service"])
-
-
-def require_access(request: Request) -> None:
-    """Where everybody may do everything there are no tokens. Raises NOT_FOUND."""
-    if not request.context.access.enabled:
-        raise RegistryError(ErrorCode.NOT_FOUND)
 
 
 def token_reply(request: Request, user: str | None, scopes: list[str], service: str | None) -> Reply:
@@ -3399,7 +3384,10 @@ def run_route(request: Request, route: Route | None, arguments: dict[str, str]) 
         raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
     if request.store.read_only and route.access in ("push", "delete"):
         raise RegistryError(ErrorCode.READ_ONLY)
-    if request.context.access.enabled and route.access:
+    if not request.context.access.enabled:
+        if not route.access:  # where everybody may do everything there are no tokens
+            raise RegistryError(ErrorCode.NOT_FOUND)
+    elif route.access:
         authorize(request, route.access, arguments.get("name", ""))
     return route.handler(request, **arguments)
 
@@ -3844,9 +3832,11 @@ class Registry:
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
-            context = Context(
-                self.store, self._open_access(), self.public_url, tls is not None, self._parse_proxies()
-            )
+            try:
+                proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
+            except ValueError as error:
+                raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
+            context = Context(self.store, self._open_access(), self.public_url, tls is not None, proxies)
             undo.pop_all()
         return Server(
             listener,
@@ -3856,12 +3846,6 @@ class Registry:
             parent_alive=parent_alive,
             log=self.log,
         )
-
-    def _parse_proxies(self) -> list[Network]:
-        try:
-            return [ipaddress.ip_network(text) for text in self.trusted_proxies]
-        except ValueError as error:
-            raise StartupError(f"{error}; name a proxy by its address or network, like 10.0.0.0/8") from None
 
     def _open_access(self) -> Access:
         if self._token_key is None and self.users:

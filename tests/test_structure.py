@@ -15,8 +15,8 @@ SOURCE = (TOP / "registry.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 STANDARD_LIBRARY = set(
     "argparse base64 collections concurrent contextlib ctypes dataclasses enum errno fcntl functools getpass"
-    " hashlib hmac http io json mmap os pathlib queue re resource secrets selectors shutil signal socket"
-    " socketserver sqlite3 ssl stat struct sys tempfile threading time traceback typing urllib"
+    " hashlib hmac http io ipaddress json mmap os pathlib queue re resource secrets selectors shutil signal"
+    " socket socketserver sqlite3 ssl stat struct sys tempfile threading time traceback typing urllib"
     " __future__".split()
 )
 

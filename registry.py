@@ -89,6 +89,11 @@ try:
 except ImportError:
     resource = None  # type: ignore[assignment]
 
+if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
+    raise (SystemExit if __name__ == "__main__" else ImportError)(
+        f"registry.py needs Python 3.9 or newer; this is {python[0]}.{python[1]}"
+    )
+
 __version__ = "1.0"
 __all__ = ["Registry"]
 
@@ -3636,6 +3641,11 @@ class Server(ThreadingHTTPServer):
 
 def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
     """A store, or a StartupError that says why there is none; takes what Store takes."""
+    if sqlite3.sqlite_version_info < (
+        3,
+        26,
+    ):  # upserts are of 3.24, window functions of 3.25; RHEL 8 has 3.26
+        raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
     try:
         return Store(data, **options)
     except (OSError, sqlite3.Error) as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -184,6 +187,54 @@ class RefusalTest(DaemonTestCase):
                 self.assertEqual((result.returncode, result.stdout), (2, ""), result)
                 self.assertGreater(len(result.stderr), 0)
                 self.assertNotIn("Traceback", result.stderr)
+
+
+class OldVersionsTest(unittest.TestCase):
+    """A Python or SQLite that is too old is told so in one line."""
+
+    MESSAGE = r"\Aregistry\.py needs Python 3\.9 or newer; this is 3\.8\n\Z"
+
+    def test_python_3_8_gets_one_line(self) -> None:
+        script = (
+            "import runpy, sys; sys.version_info = (3, 8, 18); runpy.run_path('registry.py', run_name={})"
+        )
+        done = python("-c", script.format("'__main__'"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, self.MESSAGE)
+        done = python("-c", script.format("'registry'"))  # as an import does
+        self.assertRegex(
+            done.stderr, r"\nImportError: registry\.py needs Python 3\.9 or newer; this is 3\.8\n\Z"
+        )
+
+    def test_an_older_python_stumbles_first_over_the_line_that_says_what_is_needed(self) -> None:
+        source = (ROOT / "registry.py").read_text(encoding="ascii")  # Python 2 takes nothing else
+        with self.assertRaises(SyntaxError) as caught:
+            ast.parse(source, feature_version=(3, 7))
+        line = source.splitlines()[int(caught.exception.lineno or 0) - 1]
+        self.assertIn("registry.py needs Python 3.9 or newer", line)
+
+    def test_every_old_python_of_this_machine_says_so(self) -> None:
+        versions = Path.home() / ".pyenv" / "versions"
+        found = [path for path in versions.glob("*/bin/python") if re.match(r"2|3\.[0-8]\.", path.parts[-3])]
+        if not found:
+            self.skipTest("no Python before 3.9 here")
+        for path in found:
+            with self.subTest(str(path)):
+                done = subprocess.run(
+                    [path, "-B", "registry.py"], cwd=ROOT, capture_output=True, text=True, check=False
+                )
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn("registry.py needs Python 3.9 or newer", done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_sqlite_3_25_gets_one_line(self) -> None:
+        script = "import sqlite3, registry; sqlite3.sqlite_version_info = (3, 25, 3); registry.main({})"
+        with tempfile.TemporaryDirectory() as data:
+            Path(data, "registry.db").write_bytes(b"")
+            for arguments in (["--data", data, "--host", "203.0.113.1"], ["verify", "--data", data]):
+                done = python("-c", script.format(arguments))
+                self.assertRegex(done.stderr, r"\Aregistry\.py: SQLite 3\.26 or newer is needed; [^\n]+\n\Z")
+            self.assertEqual(os.listdir(data), ["registry.db"])
 
 
 class LogTest(DaemonTestCase):

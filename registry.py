@@ -264,6 +264,13 @@ def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
 
 
+def write_log(text: str, end: str = "\n") -> None:
+    """Write to standard error. If there is none, or nobody reads it any more, go on without."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+
+
 class StartupError(Exception):
     """Why the registry cannot run here, in one line that says what to do about it."""
 
@@ -1943,7 +1950,7 @@ class WatchedFiles(Generic[T]):
             self._value = self._load()
         except (OSError, ValueError) as error:
             report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-            print(f"registry.py: {report}", file=sys.stderr, flush=True)
+            write_log(f"registry.py: {report}")
 
     def _signature(self) -> list[tuple[int, int, int] | None]:
         return [self._stat(path) for path in self._paths]
@@ -3336,7 +3343,7 @@ def error_reply(error: Exception) -> Reply:
 def _translate(error: Exception) -> RegistryError:
     if is_out_of_space(error):
         return RegistryError(ErrorCode.STORAGE_FULL)
-    traceback.print_exception(type(error), error, error.__traceback__)
+    write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
     return RegistryError(ErrorCode.INTERNAL)
 
 
@@ -3601,7 +3608,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no reply could be made of: log it, and go on serving."""
-        traceback.print_exc()
+        write_log(traceback.format_exc(), end="")
 
     def stop_accepting(self) -> None:
         """Make serve_forever return; safe in a signal handler."""
@@ -3813,7 +3820,7 @@ class Registry:
             try:
                 job()
             except Exception:  # the disk may be full; it need not stay so
-                traceback.print_exc()
+                write_log(traceback.format_exc(), end="")
             due[number] = time.monotonic() + interval
 
     def _collect_garbage(self) -> None:
@@ -3848,10 +3855,25 @@ class Registry:
 # === Command line =====================================================================================
 
 
-def write_log(line: str) -> None:
-    """Write one line to standard error. If nobody reads that any more, go on without."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
+def open_standard_streams() -> None:
+    """Have something behind descriptors 0 to 2, where whoever started this process closed them.
+
+    Else the next file to be opened gets such a number, and what anything prints is written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def write_line(line: str) -> None:
+    """Write to standard output. If nobody reads that any more, as after `| head`, go on without."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is closed when this process ends
 
 
 def command_serve(options: argparse.Namespace) -> None:
@@ -3899,9 +3921,9 @@ def serve_until_stopped(registry: Registry) -> None:
 
 def announce(options: argparse.Namespace, registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
-    print(f"Serving {options.data} at {registry.url}", flush=True)
+    write_line(f"Serving {options.data} at {registry.url}")
     for warning in exposure_warnings(options):
-        print(f"registry.py: warning: {warning}", file=sys.stderr, flush=True)
+        write_log(f"registry.py: warning: {warning}")
 
 
 class Workers:
@@ -3966,7 +3988,7 @@ class Workers:
             serve_until_stopped(self._registry)
             status = 0
         except BaseException:
-            traceback.print_exc()
+            write_log(traceback.format_exc(), end="")
         finally:
             os._exit(status)
 
@@ -4024,14 +4046,12 @@ class Progress:
         rate = self._done / max(now - self._started, 1e-3)
         bar = ("#" * int(part * 30)).ljust(30, ".")
         done, rate_text = format_count(self._done, self._unit), format_count(int(rate), self._unit)
-        sys.stderr.write(f"\r[{bar}] {part:4.0%}  {done}  {rate_text}/s \x1b[K")
-        sys.stderr.flush()
+        write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate_text}/s \x1b[K", end="")
 
     def finish(self) -> None:
         """Make room for other output."""
         if self._visible:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            write_log("\r\x1b[K", end="")
 
 
 def format_count(count: int, unit: str) -> str:
@@ -4075,11 +4095,11 @@ def command_verify(options: argparse.Namespace) -> int:
         found = 0
         for finding in verifier.run(repair=options.repair):
             progress.finish()
-            print(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}", flush=True)
+            write_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
             found += 1
         store.remove_pending()
         progress.finish()
-    print(f"{found} problems found" if found else "no problems found")
+    write_line(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
 
 
@@ -4274,14 +4294,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    open_standard_streams()
     options = build_parser().parse_args(arguments)
     try:
         return options.command(options) or 0
     except StartupError as error:
-        print(f"registry.py: {error}", file=sys.stderr)
+        write_log(f"registry.py: {error}")
         return 1
     except (OSError, sqlite3.Error) as error:
-        print(f"registry.py: {error}; see whether the disk is full or damaged", file=sys.stderr)
+        write_log(f"registry.py: {error}; see whether the disk is full or damaged")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -286,6 +286,72 @@ class LogTest(DaemonTestCase):
         self.assertNotIn("Traceback", daemon.remaining_output())
 
 
+class ClosedStreamsTest(DaemonTestCase):
+    """Standard streams that are closed, or that nobody reads, keep nothing from working."""
+
+    ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")
+    ALL_CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+
+    def start_under(self, *under: str) -> Daemon:
+        daemon = Daemon(self.path, under=under)
+        daemon.start()
+        self.addCleanup(daemon.kill)
+        return daemon
+
+    def test_without_standard_error_a_connection_serves_on_even_after_an_internal_error(self) -> None:
+        daemon = self.start_under(*self.ERROR_CLOSED)
+        digest = daemon.client.push_blob(os.urandom(100_000))
+        directory = Path(self.path, "blobs", "sha256")
+        directory.rename(f"{directory}-away")
+        directory.write_bytes(b"")
+        with daemon.client.keep_alive() as client:
+            for _ in range(2):
+                self.assert_status(client.get("tags/list"), 200)
+                self.assert_status(client.get(f"blobs/{digest}"), 500)
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
+    def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:
+        port = free_port()
+        command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
+        process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        client = Client(f"127.0.0.1:{port}", "a/b")
+        while True:  # there is no line to wait for
+            with contextlib.suppress(ConnectionRefusedError):
+                client.push_image("latest")
+                break
+            self.assertIsNone(process.poll())
+        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        self.assertEqual(streams, [os.devnull] * 3)
+
+    def test_commands_work_without_standard_streams(self) -> None:
+        daemon = self.start("--quiet")
+        daemon.client.push_image("latest")
+        for under in (self.ERROR_CLOSED, self.ALL_CLOSED):
+            for command in ("verify", "gc"):
+                with self.subTest(command, under=under):
+                    arguments = [*under, sys.executable, "registry.py", command, "--data", self.path]
+                    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+                    self.assertEqual(done.returncode, 0)
+
+    def test_a_repair_goes_on_when_nobody_reads_what_it_says(self) -> None:
+        client = self.start("--quiet").client
+        image = client.push_image("latest", layers=3)
+        for content in image.layers[:2]:
+            Path(self.path, "blobs", digest_of(content).replace(":", "/")).write_bytes(b"damaged")
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "registry.py", "verify", "--repair", "--data", self.path]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        found = [client.head(f"blobs/{digest_of(content)}").status for content in image.layers]
+        self.assertEqual(found, [404, 404, 200])
+
+
 class StopTest(DaemonTestCase):
     def test_sigterm_lets_a_request_finish(self) -> None:
         content = unique()

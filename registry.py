@@ -466,6 +466,11 @@ def no_follow(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
 
 
+def is_read_only(path: str) -> bool:
+    """Whether a path is on a file system that nobody can write to, as far as this system tells."""
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable, where the system can."""
     if os.name != "posix":
@@ -758,11 +763,19 @@ class Files:
         if self.durable:
             sync_directory(os.path.dirname(target))
 
+    def is_being_placed(self, digest: str) -> bool:
+        """Whether a content has just been placed, and its upload waits for the row that will name it."""
+        status = os.lstat(self.path(digest))
+        return stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+
     def quarantine(self, digest: str) -> None:
-        """Move a damaged content's file to corrupt/."""
+        """Move what is in the place of a damaged content to corrupt/, beside what is there already."""
         os.makedirs(f"{self.root}/corrupt", exist_ok=True)
+        target = f"{self.root}/corrupt/{digest.replace(':', '-')}"
+        if os.path.lexists(target):
+            target = f"{target}.{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
-            os.replace(self.path(digest), f"{self.root}/corrupt/{digest.replace(':', '-')}")
+            os.rename(self.path(digest), target)
 
     def remove(self, digest: str) -> None:
         """Remove the content; no error if it is gone."""
@@ -770,10 +783,10 @@ class Files:
             os.unlink(self.path(digest))
 
     def contents(self) -> Iterator[str]:
-        """The digests that all files under blobs/ are named by, in no order."""
+        """The digests that files under blobs/ are named by, in no order; other names are not ours."""
         for algorithm in ALGORITHMS:
             with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
-                yield from (f"{algorithm}:{entry.name}" for entry in entries)
+                yield from filter(is_digest, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
@@ -897,6 +910,14 @@ class Batch:
         self.error: BaseException | None = None  # why none of them counts
 
 
+def read_schema() -> str:
+    """The SQL that makes a new database. Raises StartupError."""
+    try:
+        return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
+
+
 class Store:
     """Repositories on disk: what clients push, and what they may pull.
 
@@ -981,11 +1002,7 @@ class Store:
         self._set_synchronous(durable=True)
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < FORMAT_VERSION:
-            try:
-                schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-            except FileNotFoundError:
-                raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
-            self._writer.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+            self._writer.executescript(f"BEGIN IMMEDIATE;\n{read_schema()}\nCOMMIT;")
 
     def close(self) -> None:
         """Close the database. No other method may be running or be called again."""
@@ -1548,7 +1565,9 @@ class Store:
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
         needs[digest] = True
         db.executemany(
-            "INSERT OR IGNORE INTO manifest_references VALUES (?, ?, ?, ?)",
+            "INSERT INTO manifest_references VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (repository_id, manifest, child) DO UPDATE SET required = excluded.required"
+            " WHERE excluded.required > manifest_references.required",  # it was pushed with --sparse before
             [(repository, digest, child, required) for child, required in needs.items()],
         )
 
@@ -1799,103 +1818,55 @@ class Finding(NamedTuple):
 class Verifier:
     """Compares what is on disk with what the database says, beside whoever else uses the store."""
 
+    # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
+    # first kind would have the file of a blob removed that repositories serve.
+    _STRAY_ROWS = (
+        ("pending_deletes", "digest IN (SELECT digest FROM blobs)"),
+        (
+            "repository_blobs",
+            "repository_id NOT IN (SELECT id FROM repositories) OR digest NOT IN (SELECT digest FROM blobs)",
+        ),
+        ("manifests", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)"),
+        (
+            "manifest_references",
+            "(repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        ),
+        ("tags", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
+        ("blobs", "digest NOT IN (SELECT digest FROM repository_blobs)"),
+        ("repositories", "id NOT IN (SELECT repository_id FROM repository_blobs)"),
+    )
+
     def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
         """advance is called with the number of bytes of each file that was dealt with."""
         self._store = store
         self._advance = advance
 
-    def run(self, *, repair: bool = False) -> Iterator[Finding]:
-        """Yield what is wrong.
-
-        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
-        clients push them again. Nothing that is whole and has a row is touched.
-        """
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
-
-        yield from self._check_database()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows in self._pages():
-                for (digest, size), damage in zip(rows, pool.map(self._check, rows)):
-                    if damage:
-                        yield from self._confirm(digest, size, repair)
-        yield from self._check_files(repair)
-        yield from self._check_references()
-
     def total(self) -> int:
         """How many bytes there are to verify."""
         return int(self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
 
-    def _pages(self) -> Iterator[list[Any]]:
-        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self._store.query(sql, last, BATCH):
-            yield rows
-            last = rows[-1][0]
+    def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
+        """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
 
-    def _check(self, row: tuple[str, int]) -> str:
-        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
-        digest, size = row
-        try:
-            with open(self._store.files.path(digest), "rb", buffering=0) as file:
-                damage = self._examine(file, digest, size)
-        except FileNotFoundError:
-            damage = "missing"
-        except PermissionError:
-            raise  # that is no damage
-        except OSError:
-            damage = "corrupt"
-        self._advance(size)
-        return damage
-
-    @staticmethod
-    def _examine(file: io.FileIO, digest: str, size: int) -> str:
-        actual = os.fstat(file.fileno()).st_size
-        if actual != size:
-            return "truncated" if actual < size else "corrupt"
-        running = hashlib.new(algorithm_of(digest))
-        buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
-        while count := file.readinto(buffer):
-            running.update(buffer[:count])
-        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
-
-    def _confirm(self, digest: str, size: int, repair: bool) -> Iterator[Finding]:
-        """Look again while nobody can push or delete: the content may have come or gone meanwhile."""
-        with self._store.exclusive() as db:
-            current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
-            damage = self._check(current[0]) if current else ""
-            if damage and repair:
-                self._store.files.quarantine(digest)
-                self._store.drop_content(db, digest)
-        self._advance(-size)
-        if damage:
-            yield Finding(damage, digest, repair)
-
-    def _check_files(self, repair: bool) -> Iterator[Finding]:
-        for digest in self._store.files.contents():
-            if not is_digest(digest):
-                yield Finding("unreferenced", digest)
-            elif not self._is_known(digest) and self._is_stray(digest, repair):
-                yield Finding("unreferenced", digest, repair)
-
-    def _is_stray(self, digest: str, repair: bool) -> bool:
-        """Whether a file really has no row, while nobody can give it one. repair: move it aside.
-
-        A file with a second name is an upload on its way to its row.
+        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
+        clients push them again. What is whole and served stays. Raises StartupError when the database is
+        too damaged for that, or, without force, when most files are missing.
         """
-        with self._store.exclusive(dry_run=True):
-            try:
-                placed = os.lstat(self._store.files.path(digest)).st_nlink > 1
-            except FileNotFoundError:
-                return False
-            stray = not placed and not self._is_known(digest)
-            if stray and repair:
-                self._store.files.quarantine(digest)
-        return stray
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
-    def _is_known(self, digest: str) -> bool:
-        sql = "SELECT 1 FROM blobs WHERE digest = ? UNION ALL SELECT 1 FROM pending_deletes WHERE digest = ?"
-        return bool(self._store.query(sql, digest, digest))
-
-    def _check_references(self) -> Iterator[Finding]:
+        if repair and not force:
+            self._require_files()
+        yield from self._check_schema(repair)
+        yield from self._check_rows(repair)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for rows in self._pages():
+                for (digest, size), damage in zip(rows, pool.map(self._examine, rows)):
+                    if damage:
+                        yield from self._confirm(digest, repair)
+                    self._advance(size)
+        for digest in self._store.files.contents():
+            if not self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
+                yield from self._confirm(digest, repair)
         for name, manifest, child in self._store.query(
             "SELECT r.name, c.manifest, c.child FROM manifest_references c"
             " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
@@ -1904,14 +1875,111 @@ class Verifier:
         ):
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
-    def _check_database(self) -> Iterator[Finding]:
+    def _require_files(self) -> None:
+        """Refuse to give up most of the files: it is rather their volume that is not mounted."""
+        missing = total = 0
+        for rows in self._pages():
+            total += len(rows)
+            missing += sum(not os.path.lexists(self._store.files.path(digest)) for digest, _ in rows)
+        if missing * 2 > total:
+            place = f"{self._store.files.root}/blobs"
+            raise StartupError(
+                f"{missing} of {total} files are missing; see whether {place} is mounted, or add --force"
+            )
+
+    def _pages(self) -> Iterator[list[Any]]:
+        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
+        while rows := self._store.query(sql, last, BATCH):
+            yield rows
+            last = rows[-1][0]
+
+    def _check_schema(self, repair: bool) -> Iterator[Finding]:
+        """Compare tables, indexes and triggers with schema.sql. What holds no data can be made again."""
+        broken = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
+        yield from (Finding("database", result) for result in broken)
+        sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
+        actual = {name: _tokens(text) for name, _, text in self._store.query(sql)}
+        with contextlib.closing(sqlite3.connect(":memory:")) as model:
+            model.executescript(read_schema())
+            differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
+        broken += [name for name, kind, _ in differing if kind == "table" and name not in actual]
+        for name, kind, text in differing:
+            repaired = repair and kind != "table" and not broken
+            if repaired:
+                with self._store.exclusive() as db:
+                    db.execute(f"DROP {kind} IF EXISTS {name}")
+                    db.execute(text)
+            yield Finding("database", f"{kind} {name} is not that of schema.sql", repaired)
+        if broken and repair:
+            raise StartupError(
+                "the database itself is damaged; restore registry.db from a backup, then repair"
+            )
+
+    def _check_rows(self, repair: bool) -> Iterator[Finding]:
+        """A manifest's needs are counted as well: what none needs is garbage."""
+        for table, condition in self._STRAY_ROWS:
+            ((count,),) = self._store.query(f"SELECT count(*) FROM {table} WHERE {condition}")
+            if count and repair:
+                with self._store.exclusive() as db:
+                    db.execute(f"DELETE FROM {table} WHERE {condition}")
+            if count:
+                yield Finding("database", f"{count} rows of {table} with {condition}", repair)
+        needed = (
+            "(SELECT count(*) FROM manifest_references c"
+            " WHERE c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest)"
+        )
+        wrong = self._store.query(
+            f"SELECT r.name, digest, needed_by, {needed} FROM repository_blobs"
+            f" JOIN repositories r ON r.id = repository_id WHERE needed_by <> {needed}"
+        )
+        if wrong and repair:
+            with self._store.exclusive() as db:
+                db.execute(f"UPDATE repository_blobs SET needed_by = {needed} WHERE needed_by <> {needed}")
+        for name, digest, count, actual in wrong:
+            yield Finding("database", f"{name}@{digest} is needed by {actual} manifests, not {count}", repair)
+
+    def _examine(self, row: tuple[str, int]) -> str:
+        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
+        digest, size = row
+        path = self._store.files.path(digest)
         try:
-            results = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
-        except sqlite3.DatabaseError as error:
-            results = [str(error)]
-        yield from (Finding("database", result) for result in results)
-        for table, *_ in self._store.query("PRAGMA foreign_key_check"):
-            yield Finding("database", f"a row of {table} points nowhere")
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                return "corrupt"
+            with open(path, "rb", buffering=0, opener=no_follow) as file:
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    return "truncated" if actual < size else "corrupt"
+                running = hashlib.new(algorithm_of(digest))
+                buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
+                while count := file.readinto(buffer):
+                    running.update(buffer[:count])
+        except FileNotFoundError:
+            return "missing"
+        except OSError as error:  # reading does not say which file
+            raise OSError(error.errno, error.strerror, path) from error
+        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
+
+    def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
+        """Look again while nobody pushes or deletes: on a read-only medium nobody can anyway."""
+        files, damage = self._store.files, ""
+        with contextlib.nullcontext() if self._store.read_only else self._store.exclusive() as db:
+            row = self._store.query("SELECT digest, size FROM blobs WHERE digest = ?", digest)
+            if row:
+                damage = self._examine(row[0])
+            elif os.path.lexists(files.path(digest)) and not files.is_being_placed(digest):
+                pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
+                damage = "" if pending else "unreferenced"
+            if damage and repair:
+                files.quarantine(digest)
+                if row and db:
+                    self._store.drop_content(db, digest)
+        if damage:
+            yield Finding(damage, digest, repair)
+
+
+def _tokens(sql: str) -> list[str]:
+    """An SQL statement without its spaces and comments, and the quotes around names that were changed."""
+    return re.findall(r"\w+|[^\w\s\"]", re.sub(r"--.*", "", sql))
 
 
 # === Access ===========================================================================================
@@ -4027,7 +4095,7 @@ class Progress:
     """How far a long job has come: a line on standard error, written over and over if that is a terminal."""
 
     def __init__(self, total: int, unit: str) -> None:
-        self._total, self._unit = total, unit
+        self.total, self._unit = total, unit
         self._done, self._started, self._shown = 0, time.monotonic(), 0.0
         self._lock = threading.Lock()
         self._visible = sys.stderr.isatty()
@@ -4042,7 +4110,7 @@ class Progress:
                 self._show(now)
 
     def _show(self, now: float) -> None:
-        part = min(self._done / self._total, 1.0) if self._total else 1.0
+        part = min(self._done / self.total, 1.0) if self.total else 1.0
         rate = self._done / max(now - self._started, 1e-3)
         bar = ("#" * int(part * 30)).ljust(30, ".")
         done, rate_text = format_count(self._done, self._unit), format_count(int(rate), self._unit)
@@ -4085,20 +4153,19 @@ def command_gc(options: argparse.Namespace) -> None:
 
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
-    with contextlib.closing(open_existing_store(options.data)) as store:
-
-        def advance(amount: int) -> None:
-            progress.advance(amount)
-
-        verifier = Verifier(store, advance)
-        progress = Progress(verifier.total(), "B")
-        found = 0
-        for finding in verifier.run(repair=options.repair):
+    with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
+        progress, found = Progress(0, "B"), 0
+        verifier = Verifier(store, progress.advance)
+        progress.total = verifier.total()
+        try:
+            for finding in verifier.run(repair=options.repair, force=options.force):
+                progress.finish()
+                write_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
+                found += 1
+        finally:
             progress.finish()
-            write_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
-            found += 1
-        store.remove_pending()
-        progress.finish()
+        if options.repair:
+            store.remove_pending()
     write_line(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
 
@@ -4138,11 +4205,11 @@ def ask_password() -> str:
     return password
 
 
-def open_existing_store(data: str) -> Store:
-    """The store of a data directory that there is. Raises StartupError."""
+def open_existing_store(data: str, *, change: bool = True) -> Store:
+    """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
-    return open_store(data)
+    return open_store(data, read_only=not change and is_read_only(data))
 
 
 def policy_of(options: argparse.Namespace) -> Policy:
@@ -4250,6 +4317,7 @@ COMMANDS = (
     ("verify", command_verify, "check every file and every row", (
         DATA_OPTION,
         ("--repair", "move damaged files aside so that clients push them again", {"action": "store_true"}),
+        ("--force", "repair even when most files are missing", {"action": "store_true"}),
     )),
     ("passwd", command_passwd, "set a user's password", (
         ("name", "the user", {"metavar": "NAME"}),

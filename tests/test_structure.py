@@ -102,7 +102,7 @@ class StructureTest(unittest.TestCase):
 
     def test_only_link_rows_are_inserted_with_or_ignore(self) -> None:
         tables = set(re.findall(r"INSERT OR IGNORE INTO (\w+)", SOURCE))
-        self.assertEqual(tables, {"repository_blobs", "manifest_references"})
+        self.assertEqual(tables, {"repository_blobs"})
 
     def test_data_definition_is_in_the_schema_alone(self) -> None:
         self.assertEqual(re.findall(r"\b(?:CREATE|ALTER|DROP) (?:TABLE|INDEX|TRIGGER|VIEW)", SOURCE), [])

@@ -493,6 +493,7 @@ def locked_directory(path: str) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have a copy of the descriptor
         os.close(descriptor)
 
 
@@ -693,7 +694,9 @@ class UploadFile:
         return os.fstat(self._file.fileno()).st_nlink > 1
 
     def close(self) -> None:
-        """Release the lock; the file stays where it is."""
+        """Release the lock, of which a forked process may have a copy; the file stays where it is."""
+        if fcntl:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
@@ -3710,6 +3713,12 @@ class Server(ThreadingHTTPServer):
         self.waker.close()
         self._wakee.close()
 
+    def close_copies(self) -> None:
+        """In a process just forked: close its copies of the sockets, which stay open in the parent."""
+        for connection in self._connections:
+            connection.request.close()
+        self.server_close()
+
 
 # === Embedding ========================================================================================
 
@@ -3737,7 +3746,10 @@ def summarize(removals: Sequence[Removal], verb: str) -> str:
     return f"{verb} {len(removals) - blobs} manifests and {blobs} blobs, {freed} bytes"
 
 
-@dataclasses.dataclass
+_running: set[Registry] = set()  # those that are open in this process
+
+
+@dataclasses.dataclass(eq=False)
 class Registry:
     """A registry in this process.
 
@@ -3745,6 +3757,7 @@ class Registry:
             push_to(registry.url)
 
     Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
+    It belongs to the process that started it. One that is forked from it can end, or have its own.
     """
 
     data: str | os.PathLike[str] | None = None
@@ -3778,7 +3791,7 @@ class Registry:
         self.close()
 
     def start(self) -> Registry:
-        """Begin to serve in the background. Raises StartupError."""
+        """Begin to serve in the background, for the first time or after close. Raises StartupError."""
         self.open()
         thread = threading.Thread(target=self.serve, name="registry", daemon=True)
         thread.start()
@@ -3788,8 +3801,11 @@ class Registry:
 
     def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
+        if self in _running:
+            raise RuntimeError("this registry is running already")
         self._check_options()
         with contextlib.ExitStack() as resources:
+            resources.callback(_running.discard, self)
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
             self.server = self._open_server(listener or self.bind(), parent_alive)
@@ -3800,6 +3816,7 @@ class Registry:
                 self.store.remove_pending()
                 self._start_periodic_jobs(resources)
             self._resources = resources.pop_all()
+            _running.add(self)
 
     def _open_store(self, resources: contextlib.ExitStack) -> Store:
         data, durable = self.data, self.sync
@@ -3919,6 +3936,21 @@ class Registry:
         """Where the registry answers: http://127.0.0.1:5000."""
         return f"{'https' if self.tls_cert else 'http'}://{self.netloc}"
 
+
+def _leave_to_parent() -> None:
+    """Called in a process just forked: keep no port of the parent open, and remove and close nothing of its.
+
+    Closing a copy of a database connection would remove the write-ahead log, which others may use by then
+    (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
+    """
+    for registry in _running:
+        registry.server.close_copies()
+        registry._resources = contextlib.ExitStack()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 # === Command line =====================================================================================
 

@@ -3968,7 +3968,7 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
-def write_line(line: str) -> None:
+def print_line(line: str) -> None:
     """Write to standard output. If nobody reads that any more, as after `| head`, go on without."""
     try:
         print(line, flush=True)
@@ -4021,7 +4021,7 @@ def serve_until_stopped(registry: Registry) -> None:
 
 def announce(options: argparse.Namespace, registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
-    write_line(f"Serving {options.data} at {registry.url}")
+    print_line(f"Serving {options.data} at {registry.url}")
     for warning in exposure_warnings(options):
         write_log(f"registry.py: warning: {warning}")
 
@@ -4137,16 +4137,13 @@ class Progress:
         with self._lock:
             self._done += amount
             now = time.monotonic()
-            if self._visible and now - self._shown > 0.1:
-                self._shown = now
-                self._show(now)
-
-    def _show(self, now: float) -> None:
-        part = min(self._done / self.total, 1.0) if self.total else 1.0
-        rate = self._done / max(now - self._started, 1e-3)
-        bar = ("#" * int(part * 30)).ljust(30, ".")
-        done, rate_text = format_count(self._done, self._unit), format_count(int(rate), self._unit)
-        write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate_text}/s \x1b[K", end="")
+            if not self._visible or now - self._shown <= 0.1:
+                return
+            self._shown = now
+            part = min(self._done / self.total, 1.0) if self.total else 1.0
+            rate = format_count(int(self._done / max(now - self._started, 1e-3)), self._unit)
+            bar, done = ("#" * int(part * 30)).ljust(30, "."), format_count(self._done, self._unit)
+            write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate}/s \x1b[K", end="")
 
     def finish(self) -> None:
         """Make room for other output."""
@@ -4192,13 +4189,13 @@ def command_verify(options: argparse.Namespace) -> int:
         try:
             for finding in verifier.run(repair=options.repair, force=options.force):
                 progress.finish()
-                write_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
+                print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
                 found += 1
         finally:
             progress.finish()
         if options.repair:
             store.remove_pending()
-    write_line(f"{found} problems found" if found else "no problems found")
+    print_line(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
 
 

@@ -92,6 +92,11 @@ try:
 except ImportError:
     resource = None  # type: ignore[assignment]
 
+if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
+    raise (SystemExit if __name__ == "__main__" else ImportError)(
+        f"registry.py needs Python 3.9 or newer; this is {python[0]}.{python[1]}"
+    )
+
 __version__ = "1.0"
 __all__ = ["Registry"]
 
@@ -290,6 +295,13 @@ def is_busy(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "is locked" in str(error)
 
 
+def write_log(text: str, end: str = "\n") -> None:
+    """Write to standard error. If there is none, or nobody reads it any more, go on without."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+
+
 class StartupError(Exception):
     """Why the registry cannot run here, in one line that says what to do about it."""
 
@@ -461,6 +473,11 @@ def no_follow(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
 
 
+def is_read_only(path: str) -> bool:
+    """Whether a path is on a file system that nobody can write to, as far as this system tells."""
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable, where the system can."""
     if os.name != "posix":
@@ -483,6 +500,7 @@ def locked_directory(path: str) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have a copy of the descriptor
         os.close(descriptor)
 
 
@@ -751,20 +769,24 @@ class Files:
 
     def is_being_placed(self, digest: str) -> bool:
         """Whether a content has just been placed, and its upload waits for the row that will name it."""
-        if fcntl is None:
+        path = self.path(digest)
+        if fcntl is None or not stat.S_ISREG(os.lstat(path).st_mode):
             return False
         try:
-            with open(self.path(digest), "rb", buffering=0, opener=no_follow) as file:
+            with open(path, "rb", buffering=0, opener=no_follow) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             return isinstance(error, BlockingIOError)
         return False
 
     def quarantine(self, digest: str) -> None:
-        """Move a damaged content's file to corrupt/."""
+        """Move what is in the place of a damaged content to corrupt/, beside what is there already."""
         os.makedirs(f"{self.root}/corrupt", exist_ok=True)
+        target = f"{self.root}/corrupt/{digest.replace(':', '-')}"
+        if os.path.lexists(target):
+            target = f"{target}.{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
-            os.replace(self.path(digest), f"{self.root}/corrupt/{digest.replace(':', '-')}")
+            os.rename(self.path(digest), target)
 
     def remove(self, digest: str) -> None:
         """Remove the content; no error if it is gone."""
@@ -772,11 +794,10 @@ class Files:
             os.unlink(self.path(digest))
 
     def contents(self) -> Iterator[str]:
-        """The digests that all files under blobs/ are named by, in no order; not what file systems hide."""
+        """The digests that files under blobs/ are named by, in no order; other names are not ours."""
         for algorithm in ALGORITHMS:
             with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
-                names = (entry.name for entry in entries if not entry.name.startswith("."))
-                yield from (f"{algorithm}:{name}" for name in names)
+                yield from filter(is_digest, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
@@ -1024,6 +1045,15 @@ class Database:
             shutil.rmtree(self._copy, ignore_errors=True)
 
 
+def read_schema() -> list[str]:
+    """The sections of schema.sql: before, while and after the tables are made. Raises StartupError."""
+    try:
+        schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
+    return re.split(r"^-- ===.*", schema, flags=re.MULTILINE)[1:]
+
+
 class Store:
     """Repositories on disk: what clients push, and what they may pull.
 
@@ -1063,8 +1093,11 @@ class Store:
             resources.callback(LogIndex.unmap_removed)
             if not read_only:
                 self._open_for_writing(resources)
-            elif not os.path.exists(self._path):
-                raise StartupError(f"there is no {self._path}, and so nothing to serve read-only")
+            else:
+                try:
+                    os.stat(self._path)  # SQLite says no more than that it cannot open it
+                except FileNotFoundError:
+                    raise StartupError(f"there is no {self._path}, so nothing to serve read-only") from None
             self._database = Database(self._path, read_only=read_only)
             resources.push(lambda *_: self._database.close())
             self._check_format(*self.query("PRAGMA user_version")[0])
@@ -1089,12 +1122,8 @@ class Store:
         ((version,),) = self._writer.execute("PRAGMA user_version")
         if version >= FORMAT_VERSION:
             return
-        try:
-            schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
-        parts = re.split(r"^-- ===.*", schema, flags=re.MULTILINE)
-        script = "".join(parts) if version else parts[2]
+        parts = read_schema()
+        script = "".join(parts) if version else parts[1]
         self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
@@ -1375,7 +1404,7 @@ class Store:
                     if digest not in self._unremovable:
                         self._unremovable.add(digest)
                         report = f"cannot remove {self.files.path(digest)}, will try again: {error.strerror}"
-                        print(f"registry.py: {report}", file=sys.stderr, flush=True)
+                        write_log(f"registry.py: {report}")
                     continue
                 self._unremovable.discard(digest)
                 db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
@@ -1485,7 +1514,7 @@ class Store:
             except (RegistryError, FileNotFoundError):
                 pass  # it is being written to, or was finished just now
             except OSError as error:
-                print(f"registry.py: cannot remove an upload: {error}", file=sys.stderr)
+                write_log(f"registry.py: cannot remove an upload: {error}")
 
     @staticmethod
     def _is_left_behind(session: str, status: os.stat_result, lifetime: float) -> bool:
@@ -1856,101 +1885,56 @@ class Finding(NamedTuple):
 class Verifier:
     """Compares what is on disk with what the database says, beside whoever else uses the store."""
 
+    # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
+    # first kind would have the file of a blob removed that repositories serve.
+    _STRAY_ROWS = (
+        ("pending_deletes", "digest IN (SELECT digest FROM blobs)"),
+        (
+            "repository_blobs",
+            "repository_id NOT IN (SELECT id FROM repositories) OR digest NOT IN (SELECT digest FROM blobs)",
+        ),
+        ("manifests", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)"),
+        (
+            "manifest_references",
+            "(repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        ),
+        ("referrers", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
+        ("tags", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
+        ("blobs", "digest NOT IN (SELECT digest FROM repository_blobs)"),
+        ("repositories", "id NOT IN (SELECT repository_id FROM repository_blobs)"),
+    )
+
     def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
         """advance is called with the number of bytes of each file that was dealt with."""
         self._store = store
         self._advance = advance
 
-    def run(self, *, repair: bool = False) -> Iterator[Finding]:
-        """Yield what is wrong.
-
-        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
-        clients push them again. Nothing that is whole and has a row is touched.
-        """
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
-
-        yield from self._check_database()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows in self._pages():
-                for (digest, size), damage in zip(rows, pool.map(self._check, rows)):
-                    if damage:
-                        yield from self._confirm(digest, size, repair)
-        yield from self._check_files(repair)
-        yield from self._check_references()
-
     def total(self) -> int:
         """How many bytes there are to verify."""
         return int(self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
 
-    def _pages(self) -> Iterator[list[Any]]:
-        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self._store.query(sql, last, BATCH):
-            yield rows
-            last = rows[-1][0]
+    def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
+        """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
 
-    def _check(self, row: tuple[str, int]) -> str:
-        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
-        digest, size = row
-        try:
-            with open(self._store.files.path(digest), "rb", buffering=0) as file:
-                damage = self._examine(file, digest, size)
-        except FileNotFoundError:
-            damage = "missing"
-        except PermissionError:
-            raise  # that is no damage
-        except OSError:
-            damage = "corrupt"
-        self._advance(size)
-        return damage
-
-    @staticmethod
-    def _examine(file: io.FileIO, digest: str, size: int) -> str:
-        actual = os.fstat(file.fileno()).st_size
-        if actual != size:
-            return "truncated" if actual < size else "corrupt"
-        running = hashlib.new(algorithm_of(digest))
-        buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
-        while count := file.readinto(buffer):
-            running.update(buffer[:count])
-        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
-
-    def _confirm(self, digest: str, size: int, repair: bool) -> Iterator[Finding]:
-        """Look again while nobody can push or delete: the content may have come or gone meanwhile."""
-        with self._store.transaction(frees=True) as db:
-            current = db.execute("SELECT digest, size FROM blobs WHERE digest = ?", (digest,)).fetchall()
-            damage = self._check(current[0]) if current else ""
-            if damage and repair:
-                self._store.files.quarantine(digest)
-                self._store.drop_content(db, digest)
-        self._advance(-size)
-        if damage:
-            yield Finding(damage, digest, repair)
-
-    def _check_files(self, repair: bool) -> Iterator[Finding]:
-        for digest in self._store.files.contents():
-            if not is_digest(digest):
-                yield Finding("unreferenced", digest)
-            elif not self._is_known(digest) and self._is_stray(digest, repair):
-                yield Finding("unreferenced", digest, repair)
-
-    def _is_stray(self, digest: str, repair: bool) -> bool:
-        """Whether a file really has no row, while nobody can give it one. repair: move it aside.
-
-        A file that is locked is an upload on its way to its row.
+        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
+        clients push them again. What is whole and served stays. Raises StartupError when the database is
+        too damaged for that, or, without force, when most files are missing.
         """
-        with self._store.transaction(durable=False):
-            files = self._store.files
-            stray = os.path.lexists(files.path(digest)) and not files.is_being_placed(digest)
-            stray = stray and not self._is_known(digest)
-            if stray and repair:
-                self._store.files.quarantine(digest)
-        return stray
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
-    def _is_known(self, digest: str) -> bool:
-        sql = "SELECT 1 FROM blobs WHERE digest = ? UNION ALL SELECT 1 FROM pending_deletes WHERE digest = ?"
-        return bool(self._store.query(sql, digest, digest))
-
-    def _check_references(self) -> Iterator[Finding]:
+        if repair and not force:
+            self._require_files()
+        yield from self._check_schema(repair)
+        yield from self._check_rows(repair)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for rows in self._pages():
+                for (digest, size), damage in zip(rows, pool.map(self._examine, rows)):
+                    if damage:
+                        yield from self._confirm(digest, repair)
+                    self._advance(size)
+        for digest in self._store.files.contents():
+            if not self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
+                yield from self._confirm(digest, repair)
         for name, manifest, child in self._store.query(
             "SELECT r.name, c.manifest, c.child FROM manifest_references c"
             " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
@@ -1959,14 +1943,111 @@ class Verifier:
         ):
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
-    def _check_database(self) -> Iterator[Finding]:
+    def _require_files(self) -> None:
+        """Refuse to give up most of the files: it is rather their volume that is not mounted."""
+        missing = total = 0
+        for rows in self._pages():
+            total += len(rows)
+            missing += sum(not os.path.lexists(self._store.files.path(digest)) for digest, _ in rows)
+        if missing * 2 > total:
+            place = f"{self._store.files.root}/blobs"
+            raise StartupError(
+                f"{missing} of {total} files are missing; see whether {place} is mounted, or add --force"
+            )
+
+    def _pages(self) -> Iterator[list[Any]]:
+        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
+        while rows := self._store.query(sql, last, BATCH):
+            yield rows
+            last = rows[-1][0]
+
+    def _check_schema(self, repair: bool) -> Iterator[Finding]:
+        """Compare tables, indexes and triggers with schema.sql. What holds no data can be made again."""
+        broken = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
+        yield from (Finding("database", result) for result in broken)
+        sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
+        actual = {name: _tokens(text) for name, _, text in self._store.query(sql)}
+        with contextlib.closing(sqlite3.connect(":memory:")) as model:
+            model.executescript(read_schema()[1])
+            differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
+        broken += [name for name, kind, _ in differing if kind == "table" and name not in actual]
+        for name, kind, text in differing:
+            repaired = repair and kind != "table" and not broken
+            if repaired:
+                with self._store.transaction(frees=True) as db:
+                    db.execute(f"DROP {kind} IF EXISTS {name}")
+                    db.execute(text)
+            yield Finding("database", f"{kind} {name} is not that of schema.sql", repaired)
+        if broken and repair:
+            raise StartupError(
+                "the database itself is damaged; restore registry.db from a backup, then repair"
+            )
+
+    def _check_rows(self, repair: bool) -> Iterator[Finding]:
+        """A manifest's needs are counted as well: what none needs is garbage."""
+        for table, condition in self._STRAY_ROWS:
+            ((count,),) = self._store.query(f"SELECT count(*) FROM {table} WHERE {condition}")
+            if count and repair:
+                with self._store.transaction(frees=True) as db:
+                    db.execute(f"DELETE FROM {table} WHERE {condition}")
+            if count:
+                yield Finding("database", f"{count} rows of {table} with {condition}", repair)
+        needed = (
+            "(SELECT count(*) FROM manifest_references c"
+            " WHERE c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest)"
+        )
+        wrong = self._store.query(
+            f"SELECT r.name, digest, needed_by, {needed} FROM repository_blobs"
+            f" JOIN repositories r ON r.id = repository_id WHERE needed_by <> {needed}"
+        )
+        if wrong and repair:
+            with self._store.transaction(frees=True) as db:
+                db.execute(f"UPDATE repository_blobs SET needed_by = {needed} WHERE needed_by <> {needed}")
+        for name, digest, count, actual in wrong:
+            yield Finding("database", f"{name}@{digest} is needed by {actual} manifests, not {count}", repair)
+
+    def _examine(self, row: tuple[str, int]) -> str:
+        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
+        digest, size = row
+        path = self._store.files.path(digest)
         try:
-            results = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
-        except sqlite3.DatabaseError as error:
-            results = [str(error)]
-        yield from (Finding("database", result) for result in results)
-        for table, *_ in self._store.query("PRAGMA foreign_key_check"):
-            yield Finding("database", f"a row of {table} points nowhere")
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                return "corrupt"
+            with open(path, "rb", buffering=0, opener=no_follow) as file:
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    return "truncated" if actual < size else "corrupt"
+                running = hashlib.new(algorithm_of(digest))
+                buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
+                while count := file.readinto(buffer):
+                    running.update(buffer[:count])
+        except FileNotFoundError:
+            return "missing"
+        except OSError as error:  # reading does not say which file
+            raise OSError(error.errno, error.strerror, path) from error
+        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
+
+    def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
+        """Look again while nobody pushes or deletes: on a read-only medium nobody can anyway."""
+        files, damage = self._store.files, ""
+        with self._store.transaction(frees=True) as db:
+            row = self._store.query("SELECT digest, size FROM blobs WHERE digest = ?", digest)
+            if row:
+                damage = self._examine(row[0])
+            elif os.path.lexists(files.path(digest)) and not files.is_being_placed(digest):
+                pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
+                damage = "" if pending else "unreferenced"
+            if damage and repair:
+                files.quarantine(digest)
+                if row:
+                    self._store.drop_content(db, digest)
+        if damage:
+            yield Finding(damage, digest, repair)
+
+
+def _tokens(sql: str) -> list[str]:
+    """An SQL statement without its spaces and comments, and the quotes around names that were changed."""
+    return re.findall(r"\w+|[^\w\s\"]", re.sub(r"--.*", "", sql))
 
 
 # === Access ===========================================================================================
@@ -1998,7 +2079,7 @@ class WatchedFiles(Generic[T]):
                 self._value = self._load()
             except (OSError, ValueError) as error:
                 report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-                print(f"registry.py: {report}", file=sys.stderr, flush=True)
+                write_log(f"registry.py: {report}")
             finally:
                 self._lock.release()
         return self._value
@@ -3437,7 +3518,7 @@ def _translate(error: Exception) -> RegistryError:
         return RegistryError(ErrorCode.STORAGE_FULL)
     if is_busy(error):
         return RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
-    traceback.print_exception(type(error), error, error.__traceback__)
+    write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
     return RegistryError(ErrorCode.INTERNAL)
 
 
@@ -3679,7 +3760,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no reply could be made of: log it, and go on serving."""
-        traceback.print_exc()
+        write_log(traceback.format_exc(), end="")
 
     def stop_accepting(self) -> None:
         """Make serve_forever return; safe in a signal handler."""
@@ -3711,12 +3792,23 @@ class Server(ThreadingHTTPServer):
         for _ in range(self._idle_threads):
             self._handed_over.put(None)
 
+    def close_copies(self) -> None:
+        """In a process just forked: close its copies of the sockets, which stay open in the parent."""
+        for connection in self.connections:
+            connection.reader.socket.close()
+        self.server_close()
+
 
 # === Embedding ========================================================================================
 
 
 def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
     """A store, or a StartupError that says why there is none; takes what Store takes."""
+    if sqlite3.sqlite_version_info < (
+        3,
+        26,
+    ):  # upserts are of 3.24, window functions of 3.25; RHEL 8 has 3.26
+        raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
     try:
         return Store(data, **options)
     except (OSError, sqlite3.Error) as error:
@@ -3733,7 +3825,10 @@ def summarize(removals: Sequence[Removal], verb: str) -> str:
     return f"{verb} {len(removals) - blobs} manifests and {blobs} blobs, {freed} bytes"
 
 
-@dataclasses.dataclass
+_running: set[Registry] = set()  # those that are open in this process
+
+
+@dataclasses.dataclass(eq=False)
 class Registry:
     """A registry in this process.
 
@@ -3741,6 +3836,7 @@ class Registry:
             push_to(registry.url)
 
     Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
+    It belongs to the process that started it. One that is forked from it can end, or have its own.
     """
 
     data: str | os.PathLike[str] | None = None
@@ -3774,7 +3870,7 @@ class Registry:
         self.close()
 
     def start(self) -> Registry:
-        """Begin to serve in the background. Raises StartupError."""
+        """Begin to serve in the background, for the first time or after close. Raises StartupError."""
         self.open()
         thread = threading.Thread(target=self.serve, name="registry", daemon=True)
         thread.start()
@@ -3784,8 +3880,11 @@ class Registry:
 
     def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
+        if self in _running:
+            raise RuntimeError("this registry is running already")
         self._check_options()
         with contextlib.ExitStack() as resources:
+            resources.callback(_running.discard, self)
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
             self.server = self._open_server(listener or self.bind(), parent_alive)
@@ -3796,6 +3895,7 @@ class Registry:
                 self.store.remove_pending()
                 self._start_periodic_jobs(resources)
             self._resources = resources.pop_all()
+            _running.add(self)
 
     def _open_store(self, resources: contextlib.ExitStack) -> Store:
         data, durable = self.data, self.sync
@@ -3882,7 +3982,7 @@ class Registry:
             try:
                 job()
             except Exception:  # the disk may be full; it need not stay so
-                traceback.print_exc()
+                write_log(traceback.format_exc(), end="")
             due[number] = time.monotonic() + interval
 
     def _collect_garbage(self) -> None:
@@ -3914,13 +4014,43 @@ class Registry:
         return f"{'https' if self.tls_cert else 'http'}://{self.netloc}"
 
 
+def _leave_to_parent() -> None:
+    """Called in a process just forked: keep no port of the parent open, and remove and close nothing of its.
+
+    Closing a copy of a database connection would remove the write-ahead log, which others may use by then
+    (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
+    """
+    for registry in _running:
+        registry.server.close_copies()
+        registry._resources = contextlib.ExitStack()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
 # === Command line =====================================================================================
 
 
-def write_log(line: str) -> None:
-    """Write one line to standard error. If nobody reads that any more, go on without."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
+def open_standard_streams() -> None:
+    """Have something behind descriptors 0 to 2, where whoever started this process closed them.
+
+    Else the next file to be opened gets such a number, and what anything prints is written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def print_line(line: str) -> None:
+    """Write to standard output. If nobody reads that any more, as after `| head`, go on without."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is closed when this process ends
 
 
 def command_serve(options: argparse.Namespace) -> None:
@@ -3968,9 +4098,9 @@ def serve_until_stopped(registry: Registry) -> None:
 
 def announce(options: argparse.Namespace, registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
-    print(f"Serving {options.data} at {registry.url}", flush=True)
+    print_line(f"Serving {options.data} at {registry.url}")
     for warning in exposure_warnings(options):
-        print(f"registry.py: warning: {warning}", file=sys.stderr, flush=True)
+        write_log(f"registry.py: warning: {warning}")
 
 
 class Workers:
@@ -4035,7 +4165,7 @@ class Workers:
             serve_until_stopped(self._registry)
             status = 0
         except BaseException:
-            traceback.print_exc()
+            write_log(traceback.format_exc(), end="")
         finally:
             os._exit(status)
 
@@ -4074,7 +4204,7 @@ class Progress:
     """How far a long job has come: a line on standard error, written over and over if that is a terminal."""
 
     def __init__(self, total: int, unit: str) -> None:
-        self._total, self._unit = total, unit
+        self.total, self._unit = total, unit
         self._done, self._started, self._shown = 0, time.monotonic(), 0.0
         self._lock = threading.Lock()
         self._visible = sys.stderr.isatty()
@@ -4084,23 +4214,18 @@ class Progress:
         with self._lock:
             self._done += amount
             now = time.monotonic()
-            if self._visible and now - self._shown > 0.1:
-                self._shown = now
-                self._show(now)
-
-    def _show(self, now: float) -> None:
-        part = min(self._done / self._total, 1.0) if self._total else 1.0
-        rate = self._done / max(now - self._started, 1e-3)
-        bar = ("#" * int(part * 30)).ljust(30, ".")
-        done, rate_text = format_count(self._done, self._unit), format_count(int(rate), self._unit)
-        sys.stderr.write(f"\r[{bar}] {part:4.0%}  {done}  {rate_text}/s \x1b[K")
-        sys.stderr.flush()
+            if not self._visible or now - self._shown <= 0.1:
+                return
+            self._shown = now
+            part = min(self._done / self.total, 1.0) if self.total else 1.0
+            rate = format_count(int(self._done / max(now - self._started, 1e-3)), self._unit)
+            bar, done = ("#" * int(part * 30)).ljust(30, "."), format_count(self._done, self._unit)
+            write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate}/s \x1b[K", end="")
 
     def finish(self) -> None:
         """Make room for other output."""
         if self._visible:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            write_log("\r\x1b[K", end="")
 
 
 def format_count(count: int, unit: str) -> str:
@@ -4134,21 +4259,20 @@ def command_gc(options: argparse.Namespace) -> None:
 
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
-    with contextlib.closing(open_existing_store(options.data)) as store:
-
-        def advance(amount: int) -> None:
-            progress.advance(amount)
-
-        verifier = Verifier(store, advance)
-        progress = Progress(verifier.total(), "B")
-        found = 0
-        for finding in verifier.run(repair=options.repair):
+    with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
+        progress, found = Progress(0, "B"), 0
+        verifier = Verifier(store, progress.advance)
+        progress.total = verifier.total()
+        try:
+            for finding in verifier.run(repair=options.repair, force=options.force):
+                progress.finish()
+                print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
+                found += 1
+        finally:
             progress.finish()
-            print(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}", flush=True)
-            found += 1
-        store.remove_pending()
-        progress.finish()
-    print(f"{found} problems found" if found else "no problems found")
+        if options.repair:
+            store.remove_pending()
+    print_line(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
 
 
@@ -4191,11 +4315,11 @@ def ask_password() -> str:
     return password
 
 
-def open_existing_store(data: str) -> Store:
-    """The store of a data directory that there is. Raises StartupError."""
+def open_existing_store(data: str, *, change: bool = True) -> Store:
+    """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
-    return open_store(data)
+    return open_store(data, read_only=not change and is_read_only(data))
 
 
 def policy_of(options: argparse.Namespace) -> Policy:
@@ -4303,6 +4427,7 @@ COMMANDS = (
     ("verify", command_verify, "check every file and every row", (
         DATA_OPTION,
         ("--repair", "move damaged files aside so that clients push them again", {"action": "store_true"}),
+        ("--force", "repair even when most files are missing", {"action": "store_true"}),
     )),
     ("passwd", command_passwd, "set a user's password", (
         ("name", "the user", {"metavar": "NAME"}),
@@ -4347,14 +4472,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    open_standard_streams()
     options = build_parser().parse_args(arguments)
     try:
         return options.command(options) or 0
     except StartupError as error:
-        print(f"registry.py: {error}", file=sys.stderr)
+        write_log(f"registry.py: {error}")
         return 1
     except (OSError, sqlite3.Error) as error:
-        print(f"registry.py: {error}; see whether the disk is full or damaged", file=sys.stderr)
+        write_log(f"registry.py: {error}; see whether the disk is full or damaged")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -238,6 +240,52 @@ class RefusalTest(DaemonTestCase):
                 self.assertNotIn("Traceback", result.stderr)
 
 
+class OldVersionsTest(unittest.TestCase):
+    """A Python or SQLite that is too old is told so in one line."""
+
+    MESSAGE = r"\Aregistry\.py needs Python 3\.9 or newer; this is 3\.8\n\Z"
+
+    def test_python_3_8_gets_one_line(self) -> None:
+        script = (
+            "import runpy, sys; sys.version_info = (3, 8, 18); runpy.run_path('registry.py', run_name={})"
+        )
+        done = python("-c", script.format("'__main__'"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, self.MESSAGE)
+        done = python("-c", script.format("'registry'"))  # as an import does
+        self.assertRegex(
+            done.stderr, r"\nImportError: registry\.py needs Python 3\.9 or newer; this is 3\.8\n\Z"
+        )
+
+    def test_an_older_python_stumbles_first_over_the_line_that_says_what_is_needed(self) -> None:
+        source = (ROOT / "registry.py").read_text(encoding="ascii")  # Python 2 takes nothing else
+        first = min(node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.NamedExpr))
+        self.assertIn("registry.py needs Python 3.9 or newer", source.splitlines()[first - 1])
+
+    def test_every_old_python_of_this_machine_says_so(self) -> None:
+        versions = Path.home() / ".pyenv" / "versions"
+        found = [path for path in versions.glob("*/bin/python") if re.match(r"2|3\.[0-8]\.", path.parts[-3])]
+        if not found:
+            self.skipTest("no Python before 3.9 here")
+        for path in found:
+            with self.subTest(str(path)):
+                done = subprocess.run(
+                    [path, "-B", "registry.py"], cwd=ROOT, capture_output=True, text=True, check=False
+                )
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn("registry.py needs Python 3.9 or newer", done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_sqlite_3_25_gets_one_line(self) -> None:
+        script = "import sqlite3, registry; sqlite3.sqlite_version_info = (3, 25, 3); registry.main({})"
+        with tempfile.TemporaryDirectory() as data:
+            Path(data, "registry.db").write_bytes(b"")
+            for arguments in (["--data", data, "--host", "203.0.113.1"], ["verify", "--data", data]):
+                done = python("-c", script.format(arguments))
+                self.assertRegex(done.stderr, r"\Aregistry\.py: SQLite 3\.26 or newer is needed; [^\n]+\n\Z")
+            self.assertEqual(os.listdir(data), ["registry.db"])
+
+
 class LogTest(DaemonTestCase):
     def test_every_request_is_a_line(self) -> None:
         daemon = self.start()
@@ -285,6 +333,72 @@ class LogTest(DaemonTestCase):
         self.assertEqual(daemon.client.get(f"blobs/{digest_of(content)}").body, content)
         self.assertEqual(daemon.stop(), 0)
         self.assertNotIn("Traceback", daemon.remaining_output())
+
+
+class ClosedStreamsTest(DaemonTestCase):
+    """Standard streams that are closed, or that nobody reads, keep nothing from working."""
+
+    ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")
+    ALL_CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+
+    def start_under(self, *under: str) -> Daemon:
+        daemon = Daemon(self.path, under=under)
+        daemon.start()
+        self.addCleanup(daemon.kill)
+        return daemon
+
+    def test_without_standard_error_a_connection_serves_on_even_after_an_internal_error(self) -> None:
+        daemon = self.start_under(*self.ERROR_CLOSED)
+        digest = daemon.client.push_blob(os.urandom(100_000))
+        directory = Path(self.path, "blobs", "sha256")
+        directory.rename(f"{directory}-away")
+        directory.write_bytes(b"")
+        with daemon.client.keep_alive() as client:
+            for _ in range(2):
+                self.assert_status(client.get("tags/list"), 200)
+                self.assert_status(client.get(f"blobs/{digest}"), 500)
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
+    def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:
+        port = free_port()
+        command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
+        process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        client = Client(f"127.0.0.1:{port}", "a/b")
+        while True:  # there is no line to wait for
+            with contextlib.suppress(ConnectionRefusedError):
+                client.push_image("latest")
+                break
+            self.assertIsNone(process.poll())
+        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        self.assertEqual(streams, [os.devnull] * 3)
+
+    def test_commands_work_without_standard_streams(self) -> None:
+        daemon = self.start("--quiet")
+        daemon.client.push_image("latest")
+        for under in (self.ERROR_CLOSED, self.ALL_CLOSED):
+            for command in ("verify", "gc"):
+                with self.subTest(command, under=under):
+                    arguments = [*under, sys.executable, "registry.py", command, "--data", self.path]
+                    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+                    self.assertEqual(done.returncode, 0)
+
+    def test_a_repair_goes_on_when_nobody_reads_what_it_says(self) -> None:
+        client = self.start("--quiet").client
+        image = client.push_image("latest", layers=3)
+        for content in image.layers[:2]:
+            Path(self.path, "blobs", digest_of(content).replace(":", "/")).write_bytes(b"damaged")
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "registry.py", "verify", "--repair", "--data", self.path]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        found = [client.head(f"blobs/{digest_of(content)}").status for content in image.layers]
+        self.assertEqual(found, [404, 404, 200])
 
 
 class StopTest(DaemonTestCase):

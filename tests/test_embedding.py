@@ -10,6 +10,8 @@ import sys
 import tempfile
 import threading
 import unittest
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -243,6 +245,174 @@ class TraceTest(HTTPTestCase):
 
         with contextlib.ExitStack() as stack:
             self.assertLess(elapsed(end), 15)
+
+
+class TwiceTest(HTTPTestCase):
+    def test_started_twice_it_says_so_and_serves_on(self) -> None:
+        with Registry() as registry:
+            url, threads = registry.url, set(threading.enumerate())
+            for again in (registry.start, registry.open, registry.__enter__):
+                with self.assertRaisesRegex(RuntimeError, "running already"):
+                    again()
+            self.assertEqual((registry.url, set(threading.enumerate())), (url, threads))
+            self.assert_status(Client(registry.netloc).get("/v2/"), 200)
+        with self.assertRaises(OSError):
+            RawConnection(url.partition("//")[2])
+
+    def test_it_can_be_closed_twice_and_started_again(self) -> None:
+        registry = Registry()
+        registry.close()
+        for _ in range(3):
+            registry.start()
+            Client(registry.netloc, "a").push_image("latest")
+            self.assertEqual(Client(registry.netloc).get("/v2/_catalog").json["repositories"], ["a"])
+            registry.close()
+            registry.close()
+
+    @unittest.skipUnless(sys.platform == "linux", "counts the entries of /proc/self/fd")
+    def test_many_starts_leave_nothing(self) -> None:
+        def count() -> tuple[int, int]:
+            return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        with Registry():
+            pass
+        before = count()
+        registry = Registry()
+        for _ in range(25):
+            registry.start()
+            registry.close()
+            with Registry():
+                pass
+        self.assertEqual(count(), before)
+
+    def test_two_of_the_same_options_are_two(self) -> None:
+        with Registry() as one, Registry() as two:
+            self.assertNotEqual(one, two)
+            self.assertEqual(len({one, two}), 2)
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
+class ForkTest(HTTPTestCase):
+    """A process that is forked beside a registry does it no harm."""
+
+    SCRIPT = """
+import multiprocessing, os, sys, warnings
+from tests.support import Client
+from registry import Registry
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+with Registry() as registry:
+    client = Client(registry.netloc, "a")
+    image = client.push_image("latest")
+    {child}
+    assert client.get("manifests/latest").body == image.body
+    assert client.push_image("other")
+    assert os.path.exists(registry.store.files.root)
+assert not os.path.exists(registry.store.files.root)
+print("done")
+"""
+
+    @contextlib.contextmanager
+    def child(self, work: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """A forked process that lives as long as the block, then does some work and ends."""
+        waiting, told = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+        if not process:
+            status = 1
+            with contextlib.suppress(BaseException):
+                os.close(told)
+                os.read(waiting, 1)
+                work()
+                status = 0
+            os._exit(status)
+        try:
+            yield
+        finally:
+            os.close(told)
+            os.close(waiting)
+            self.assertEqual(os.waitpid(process, 0)[1], 0)
+
+    def test_its_end_removes_nothing(self) -> None:
+        for child in (
+            "if not os.fork(): sys.exit()\n    assert os.wait()[1] == 0",
+            "if not os.fork(): registry.close(); os._exit(0)\n    assert os.wait()[1] == 0",
+            "process = multiprocessing.get_context('fork').Process(target=registry.close)\n"
+            "    process.start(); process.join(); assert process.exitcode == 0",
+        ):
+            with self.subTest(child):
+                done = python("-c", self.SCRIPT.format(child=child))
+                self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "done\n", ""))
+
+    def test_it_keeps_no_port_open(self) -> None:
+        registry = Registry().start()
+        with self.child():
+            host, port = registry.netloc.split(":")
+            registry.close()
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection((host, int(port)))
+            with Registry(port=int(port)):
+                self.assert_status(Client(registry.netloc).get("/v2/"), 200)
+
+    def test_it_has_no_copies_of_connections(self) -> None:
+        with Registry() as registry, RawConnection(registry.netloc) as connection:
+            connection.request("GET", "/v2/").read()
+            server = registry.server
+            sockets = [
+                server.socket,
+                server.waker,
+                *(each.reader.socket for each in list(server.connections)),
+            ]
+
+            def check() -> None:
+                assert len(sockets) == 3
+                assert [each.fileno() for each in sockets] == [-1] * 3
+
+            with self.child(check):
+                pass
+            self.assert_status(connection.request("GET", "/v2/").read(), 200)
+
+    def test_it_locks_no_upload(self) -> None:
+        with Registry() as registry, RawConnection(registry.netloc) as connection:
+            client = Client(registry.netloc, "a")
+            location = client.open_upload()
+            connection.request("PATCH", location, "Content-Length: 6", "Expect: 100-continue")
+            self.assert_status(connection.read(), 100)
+            with self.child():
+                self.assert_status(connection.send(b"abcdef").read(), 202)
+                client.expect(201, "PUT", with_digest(location, digest_of(b"abcdef")))
+
+    def test_it_can_have_its_own(self) -> None:
+        with Registry() as registry:
+            client = Client(registry.netloc, "a")
+            image = client.push_image("latest")
+
+            def serve() -> None:
+                with Registry() as other:
+                    Client(other.netloc, "a").push_image("other")
+                registry.start()  # as good as any other, here
+                assert Client(registry.netloc).get("/v2/_catalog").json["repositories"] == []
+                registry.close()
+
+            with self.child(serve):
+                pass
+            self.assertEqual(client.get("manifests/latest").body, image.body)
+
+    def test_its_end_loses_nothing_that_others_pushed_since(self) -> None:
+        pushing = (
+            "import os, signal, sys; from registry import Registry; from tests.support import Client\n"
+            "registry = Registry(data=sys.argv[1]).start()\n"
+            "Client(registry.netloc, 'a').push_image('latest')\n"
+            "os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        with tempfile.TemporaryDirectory() as data:
+            registry = Registry(data=data).start()
+            with self.child(registry.close):
+                registry.close()
+                python("-c", pushing, data)
+                self.assertTrue(Path(data, "registry.db-wal").exists())
+            with registry:
+                self.assert_status(Client(registry.netloc, "a").get("manifests/latest"), 200)
 
 
 class SilenceTest(unittest.TestCase):

@@ -61,6 +61,7 @@ class ReadOnlyTestCase(HTTPTestCase):
         self.addCleanup(directory.cleanup)
         os.chmod(directory.name, 0o755)
         self.data = Path(directory.name) / "data"
+        self.data.mkdir(mode=0o755)  # the daemon would let nobody else in
 
     def push(self, running: Registry, tag: str) -> Image:
         return Client(running.netloc, "team/app").push_image(tag)

@@ -28,10 +28,10 @@ def collect(store: registry.Store, *, dry_run: bool = False, **policy: Any) -> l
     return sorted((removal.kind, removal.digest) for removal in removed)
 
 
-def verify(store: registry.Store, *, repair: bool = False) -> list[tuple[str, str]]:
+def verify(store: registry.Store, *, repair: bool = False, force: bool = False) -> list[tuple[str, str]]:
     """The kind and subject of each finding."""
     verifier = registry.Verifier(store, lambda _amount: None)
-    return sorted((finding.kind, finding.subject) for finding in verifier.run(repair=repair))
+    return sorted((finding.kind, finding.subject) for finding in verifier.run(repair=repair, force=force))
 
 
 def change(data: Path, sql: str, *values: Any) -> None:

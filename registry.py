@@ -992,7 +992,6 @@ class Database:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
             self.close()
-            self._readers.clear()
             if not read_only or is_busy(error):
                 raise
             self._do_without_locks()
@@ -1039,8 +1038,8 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections, and remove the copy."""
-        for connection in self._readers:
-            connection.close()
+        while self._readers:
+            self._readers.pop().close()
         if self._copy:
             shutil.rmtree(self._copy, ignore_errors=True)
 

@@ -17,7 +17,8 @@ NOBODY = 65534
 AS_NOBODY = f"""
 import encodings.idna, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import registry  # now: nobody might not be let into the directory where Python is
+import registry  # now, and what it imports later: nobody may not be let into Python's directory
+registry.build_parser().parse_args(['--port', '0'])
 os.setgid({NOBODY})
 os.setuid({NOBODY})
 _, _, program, *arguments = sys.argv

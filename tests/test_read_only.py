@@ -62,7 +62,12 @@ class ReadOnlyTestCase(HTTPTestCase):
         self.addCleanup(directory.cleanup)
         os.chmod(directory.name, 0o755)
         self.data = Path(directory.name) / "data"
-        self.data.mkdir(mode=0o755)  # the daemon would let nobody else in
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """An empty data directory that anybody may read: one that the daemon makes lets nobody else in."""
+        shutil.rmtree(self.data, ignore_errors=True)
+        self.data.mkdir(mode=0o755)
 
     def push(self, running: Registry, tag: str) -> Image:
         return Client(running.netloc, "team/app").push_image(tag)
@@ -83,7 +88,7 @@ class ReadOnlyBesideAWriter(ReadOnlyTestCase):
     def test_what_a_daemon_pushes_that_starts_and_stops_later_is_seen_at_once(self) -> None:
         for under in (as_nobody, on_read_only_disk):
             with self.subTest(under.__name__):
-                shutil.rmtree(self.data, ignore_errors=True)
+                self.start_afresh()
                 with Registry(self.data) as running:
                     first = self.push(running, "first")
                 client = self.read_only_daemon(under(str(self.data)))
@@ -121,7 +126,7 @@ class ReadOnlyMedium(ReadOnlyTestCase):
         for under in (as_nobody, on_read_only_disk):
             for suffixes in (("", "-wal"), ("", "-wal", "-shm")):
                 with self.subTest(under.__name__, suffixes=suffixes):
-                    shutil.rmtree(self.data, ignore_errors=True)
+                    self.start_afresh()
                     with Registry(self.data) as running:
                         image = self.push(running, "v1")
                         copy = self.copy(*suffixes)
@@ -131,7 +136,6 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                     self.assertEqual(client.get("tags/list").json["tags"], ["v1"])
 
     def test_nothing_to_serve_is_said_in_one_line(self) -> None:
-        self.data.mkdir()
         for content in (None, b""):
             if content is not None:
                 (self.data / "registry.db").write_bytes(content)

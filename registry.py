@@ -1742,10 +1742,10 @@ class Collector:
                 "SELECT DISTINCT repository_id FROM repository_blobs"
                 " WHERE needed_by = 0 AND leased_at BETWEEN ? AND ?"
             )
-            self._pushing |= {id for (id,) in store.query(sql, int(recently), now + CLOCK_SLACK)}
+            self._pushing.update(*store.query(sql, int(recently), now + CLOCK_SLACK))
             self._pushing |= store.pushed_to(now - policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
-        self._needed_size = 0
+        self._needed_size = 0  # bytes that manifests need, in _shrink
         self._counts = {"manifest": 0, "blob": 0, "file": 0}
         self._freed = 0
 
@@ -1891,32 +1891,25 @@ class Collector:
             if db.execute(sql, (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
         for child in needed:
-            self._needed_size -= self._unneeded_size(db, child)
             leased_before = float("inf") if child in going else relied_on  # untagging has leased it just now
             self._unlink(db, (repository, child, name), leased_before)
         return [each for each in keepers if each not in going]
 
-    @staticmethod
-    def _unneeded_size(db: sqlite3.Connection, digest: str) -> int:
-        """The size of a blob that no manifest of any repository needs; else 0."""
-        sql = (
-            "SELECT size FROM blobs WHERE digest = ?1 AND NOT EXISTS"
-            " (SELECT 1 FROM repository_blobs WHERE digest = ?1 AND needed_by > 0)"
-        )
-        return sum(size for (size,) in db.execute(sql, (digest,)))
-
     def _unlink(self, db: sqlite3.Connection, link: Link, leased_before: float) -> None:
-        """Unlink a blob unless a manifest needs it or a client may rely on it."""
+        """Unlink a blob unless a manifest of the repository needs it or a client may rely on it."""
         repository, digest, name = link
-        sizes = db.execute("SELECT size FROM blobs WHERE digest = ?", (digest,)).fetchall()
-        unlinked = db.execute(
-            "DELETE FROM repository_blobs"
-            " WHERE repository_id = ? AND digest = ? AND needed_by = 0 AND leased_at < ?",
-            (repository, digest, leased_before),
-        )
-        if unlinked.rowcount:
-            kept = db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall()
-            self._removed.append(Removal("blob", name, digest, 0 if kept else sizes[0][0]))
+        rows = db.execute(
+            "SELECT size, leased_at, needed_by,"
+            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = ?2 AND needed_by > 0),"
+            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = ?2 AND repository_id <> ?1)"
+            " FROM repository_blobs JOIN blobs USING (digest) WHERE repository_id = ?1 AND digest = ?2",
+            (repository, digest),
+        ).fetchall()
+        for size, leased_at, needed_here, needed, elsewhere in rows:
+            self._needed_size -= 0 if needed else size
+            if not needed_here and leased_at < leased_before:
+                self._store.unlink(db, repository, digest)
+                self._removed.append(Removal("blob", name, digest, 0 if elsewhere else size))
 
     def _sweep(self) -> None:
         """Unlink the blobs that no manifest needs."""
@@ -1993,11 +1986,13 @@ class Collector:
         try:
             status = os.lstat(path)
             changed = max(status.st_mtime, status.st_ctime)
-            if changed > time.time() + CLOCK_SLACK and self._store.files is self._files:
-                os.utime(path, follow_symlinks=False)  # the clock was ahead: as old as if that were now
-        except FileNotFoundError:
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            if changed > time.time() + CLOCK_SLACK and self._files is self._store.files:
+                os.utime(path)  # the clock was ahead: as old as if that were now
+        except OSError:
             return None
-        return status.st_size if stat.S_ISREG(status.st_mode) and changed < self._leased_before else None
+        return status.st_size if changed < self._leased_before else None
 
 
 class Finding(NamedTuple):

@@ -1691,19 +1691,22 @@ class Collector:
     """
 
     _KEEPERS = (  # what keeps a manifest
-        "SELECT manifest FROM manifest_references WHERE repository_id = ?1 AND child = ?2 AND manifest <> ?2"
+        "SELECT manifest FROM manifest_references"
+        "  WHERE repository_id = :repository AND child = :digest AND manifest <> :digest"
         " UNION ALL SELECT s.digest FROM manifests m"
         "  JOIN manifests s ON s.repository_id = m.repository_id AND s.digest = m.subject"
-        "  WHERE m.repository_id = ?1 AND m.digest = ?2"
+        "  WHERE m.repository_id = :repository AND m.digest = :digest"
         " UNION ALL SELECT 'a lease' FROM repository_blobs"
-        "  WHERE repository_id = ?1 AND digest = ?2 AND leased_at >= ?3"
-        " UNION ALL SELECT name FROM tags WHERE repository_id = ?1 AND digest = ?2 AND NOT ?4 LIMIT ?5"
+        "  WHERE repository_id = :repository AND digest = :digest AND leased_at >= :before"
+        " UNION ALL SELECT name FROM tags"
+        "  WHERE repository_id = :repository AND digest = :digest AND NOT :tagged LIMIT :limit + 1"
     )
     _KEPT = (  # what a manifest keeps
         "SELECT m.digest FROM manifest_references c"
         " JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child"
-        " WHERE c.repository_id = ?1 AND c.manifest = ?2"
-        " UNION SELECT digest FROM manifests WHERE repository_id = ?1 AND subject = ?2 LIMIT ?3"
+        " WHERE c.repository_id = :repository AND c.manifest = :digest"
+        " UNION SELECT digest FROM manifests"
+        "  WHERE repository_id = :repository AND subject = :digest LIMIT :limit"
     )
     # Manifests that no other one keeps. An index with a subject is among them all the same, since what it
     # lists may be its subject, or what its subject refers to: such a circle goes as one.
@@ -1823,12 +1826,12 @@ class Collector:
             db.execute(f"{sql} {key}", row)
 
         sql = (
-            "SELECT repository_id, digest FROM repository_blobs WHERE needed_by = 0 AND leased_at > ?1"
+            "SELECT repository_id, digest FROM repository_blobs WHERE needed_by = 0 AND leased_at > ?"
             " UNION SELECT repository_id, digest FROM manifests CROSS JOIN repository_blobs"
-            " USING (repository_id, digest) WHERE ?2 AND max(leased_at, pushed_at, pulled_at) > ?1"
+            " USING (repository_id, digest) WHERE ? AND max(leased_at, pushed_at, pulled_at) > ?"
         )
         manifests = self._policy.untagged_after is not None or self._policy.max_size is not None
-        while rows := self._choose(sql, now + CLOCK_SLACK, manifests):
+        while rows := self._choose(sql, now + CLOCK_SLACK, manifests, now + CLOCK_SLACK):
             self._each(iter(rows), mend)
 
     def _relied_on(self, repository: int, _digest: str, name: str) -> int:
@@ -1851,14 +1854,14 @@ class Collector:
             "WITH untagged AS (SELECT m.repository_id, m.digest, m.subject, l.leased_at, row_number() OVER"
             " (PARTITION BY m.repository_id, m.subject IS NULL"
             "  ORDER BY m.pushed_at DESC, m.digest) AS position"
-            f" {self._TOPMOST} AND m.repository_id >= ?1 AND NOT EXISTS (SELECT 1 FROM tags t"
+            f" {self._TOPMOST} AND m.repository_id >= ? AND NOT EXISTS (SELECT 1 FROM tags t"
             "   WHERE t.repository_id = m.repository_id AND t.digest = m.digest))"
             " SELECT repository_id, digest, name FROM untagged JOIN repositories ON id = repository_id"
-            " WHERE (repository_id, digest) > (?1, ?2) AND leased_at < ?3"
-            " AND (subject IS NOT NULL OR position > ?4) ORDER BY repository_id, digest"
+            " WHERE (repository_id, digest) > (?, ?) AND leased_at < ?"
+            " AND (subject IS NOT NULL OR position > ?) ORDER BY repository_id, digest"
         )
         last = (0, "")
-        while rows := self._choose(sql, *last, old, self._policy.keep_last):
+        while rows := self._choose(sql, last[0], *last, old, self._policy.keep_last):
             self._each(iter(rows), drop)
             last = rows[-1][:2]
 
@@ -1874,10 +1877,11 @@ class Collector:
         found = [digest]
         for each in found:
             if each not in keepers and len(keepers) < DROP_LIMIT:
-                how = (old, tagged) if each == digest else (relied_on, False)
-                rows = db.execute(self._KEEPERS, (repository, each, *how, DROP_LIMIT + 1))
-                keepers[each] = {keeper for (keeper,) in rows}
-                found += [kept for (kept,) in db.execute(self._KEPT, (repository, each, DROP_LIMIT))]
+                values = {"repository": repository, "digest": each, "limit": DROP_LIMIT}
+                itself = each == digest
+                how = {"before": old if itself else relied_on, "tagged": itself and tagged}
+                keepers[each] = {keeper for (keeper,) in db.execute(self._KEEPERS, {**values, **how})}
+                found += [kept for (kept,) in db.execute(self._KEPT, values)]
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
             going -= staying
@@ -1900,9 +1904,10 @@ class Collector:
         repository, digest, name = link
         rows = db.execute(
             "SELECT size, leased_at, needed_by,"
-            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = ?2 AND needed_by > 0),"
-            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = ?2 AND repository_id <> ?1)"
-            " FROM repository_blobs JOIN blobs USING (digest) WHERE repository_id = ?1 AND digest = ?2",
+            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = l.digest AND needed_by > 0),"
+            " EXISTS (SELECT 1 FROM repository_blobs"
+            "  WHERE digest = l.digest AND repository_id <> l.repository_id)"
+            " FROM repository_blobs l JOIN blobs b USING (digest) WHERE repository_id = ? AND digest = ?",
             (repository, digest),
         ).fetchall()
         for size, leased_at, needed_here, needed, elsewhere in rows:
@@ -1966,9 +1971,9 @@ class Collector:
         def remove(db: sqlite3.Connection, digest: str) -> None:
             size = self._abandoned(digest)
             marked = size is not None and db.execute(
-                "INSERT INTO pending_deletes SELECT ?1 WHERE NOT EXISTS"
-                " (SELECT 1 FROM blobs WHERE digest = ?1) ON CONFLICT DO NOTHING",
-                (digest,),
+                "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
+                " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
+                {"digest": digest},
             )
             if marked and marked.rowcount:
                 self._removed.append(Removal("file", "", digest, size or 0))

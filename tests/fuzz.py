@@ -61,7 +61,7 @@ SESSIONS = 2
 NAME = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SESSION_ID = re.compile(r"[0-9a-f]{32}")
-KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|generation|reserve|token\.key|blobs|uploads")
+KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|generation|reserve|last-gc|token\.key|blobs|uploads")
 
 
 # === Content ===

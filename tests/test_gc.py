@@ -628,7 +628,9 @@ class MaximumSize(CollectionTestCase):
             upkeep.change(self.data.path, "INSERT INTO blobs VALUES (?, 1000)", digest)
             upkeep.change(self.data.path, "INSERT INTO repository_blobs VALUES (1, ?, 0, 0)", digest)
             upkeep.change(self.data.path, f"{copy} LIMIT 1", digest)
-            upkeep.change(self.data.path, "INSERT INTO manifest_references VALUES (1, ?1, ?1, 1)", digest)
+            upkeep.change(
+                self.data.path, "INSERT INTO manifest_references VALUES (1, ?, ?, 1)", digest, digest
+            )
         seen: list[str] = []
         self.registry.store._writer.set_trace_callback(seen.append)
         upkeep.collect(self.registry.store, max_size=150_000)

@@ -12,6 +12,7 @@ The data directory:
     uploads/<session id>        the bytes of uploads under way; on the same volume as blobs/
     registry.db                 SQLite: repositories, links, manifests, tags
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
+    last-gc                     its time is when the daemon last collected garbage
     token.key                   what tokens are signed with, where there are users
     corrupt/                    damaged files that verify --repair moved out of the way
 
@@ -48,10 +49,12 @@ import errno
 import functools
 import getpass
 import hashlib
+import heapq
 import hmac
 import http
 import io
 import ipaddress
+import itertools
 import json
 import math
 import mmap
@@ -145,6 +148,7 @@ STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
+DAY = 24 * 3600
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
 OPTIONAL_WRITE_TIMEOUT = 1.0  # for the write lock, by what can do without or be tried again later
@@ -172,6 +176,10 @@ HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload s
 LOOKUP_CACHE_SIZE, LOOKUP_SIZE = 4 * MIB, 32 * KIB  # of all query results remembered, and of one
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
+CHOICE = 1_000  # rows that it reads at a time
+DROP_LIMIT = 1_000  # manifests that go with one that kept them
+PUSH_PAUSE = 60.0  # seconds between two layers of one push
+CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
 REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
 MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
@@ -524,6 +532,11 @@ def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memo
             last.result()
 
 
+def hashed_name(name: str) -> str:
+    """What stands for a repository in the names of its upload sessions."""
+    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
+
+
 class UploadFile:
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
@@ -827,13 +840,26 @@ class Files:
         if self.free_space() < RESERVE_SIZE:
             self._remove_reserve()
 
+    def collected_at(self) -> float:
+        """When a daemon last collected garbage; now, and noted, if none did."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(f"{self.root}/last-gc").st_mtime
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.note_collection()
+        return time.time()
+
+    def note_collection(self) -> None:
+        """Have collected_at say now, whoever asks and when."""
+        with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
+            os.utime(file.fileno())
+
     def _remove_reserve(self) -> None:
         with contextlib.suppress(OSError):
             os.unlink(f"{self.root}/reserve")
 
     def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
         """A new upload, locked: a session of a repository, or one that ends with this request."""
-        owner = f"-{algorithm}-{digest_of(repository.encode())[7:23]}" if repository else ""
+        owner = f"-{algorithm}-{hashed_name(repository)}" if repository else ""
         for _ in range(10):
             path = f"{self.root}/uploads/{secrets.token_hex(16)}{owner}"
             with contextlib.suppress(FileNotFoundError):
@@ -850,7 +876,7 @@ class Files:
     def session_size(self, repository: str, session: str) -> int:
         """How many bytes an upload session of this repository has. Raises BLOB_UPLOAD_UNKNOWN."""
         match = UPLOAD.fullmatch(session)
-        if match and match[2] == digest_of(repository.encode())[7:23]:
+        if match and match[2] == hashed_name(repository):
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(f"{self.root}/uploads/{session}")
                 if stat.S_ISREG(status.st_mode):
@@ -1176,6 +1202,14 @@ class Store:
             if size <= LOOKUP_SIZE:
                 self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
+
+    def backup(self, path: str) -> None:
+        """Copy the database to a file, beside whoever writes to it."""
+        with (
+            contextlib.closing(sqlite3.connect(path)) as copy,
+            contextlib.closing(self._database.connect()) as source,
+        ):
+            source.backup(copy)
 
     @contextlib.contextmanager
     def transaction(
@@ -1520,6 +1554,15 @@ class Store:
         """Whether nobody comes back to an upload that is not locked. Its time may be a wrong clock's."""
         return "-" not in session or abs(time.time() - status.st_mtime) > lifetime
 
+    def pushed_to(self, since: float) -> set[str]:
+        """The repositories with upload sessions that were written to since then, as hashed_name has them."""
+        recent = set()
+        for entry in self.files.uploads():
+            with contextlib.suppress(FileNotFoundError):
+                if "-" in entry.name and entry.stat(follow_symlinks=False).st_mtime >= since:
+                    recent.add(entry.name.rpartition("-")[2])
+        return recent
+
     # --- Manifests
 
     MANIFEST = (  # by the repository's name, and a tag or digest: they differ by a colon
@@ -1718,159 +1761,340 @@ class Policy(NamedTuple):
 
     grace: float = GRACE  # seconds for which a client can rely on what it was told
     untagged_after: float | None = None  # seconds after which untagged manifests go; None: never
-    keep_last: int = 0  # of each repository's untagged manifests, whatever their age
+    keep_last: int = 0  # of each repository's untagged images, whatever their age
     max_size: int | None = None  # bytes; above that the least recently pulled manifests go
 
 
 class Removal(NamedTuple):
     """Something that garbage collection removed, or would remove."""
 
-    kind: str  # "manifest" or "blob"
-    repository: str
+    kind: str  # "manifest", "blob", or "file": one that a crash left under blobs/ without a row
+    repository: str  # empty for a file
     digest: str
     size: int  # bytes that the disk gets back: 0 while another repository has the blob
+
+
+Link = tuple[int, str, str]  # a repository, a digest, and the repository's name
+T = TypeVar("T")
 
 
 class Collector:
     """One run of garbage collection, beside whoever else uses the store.
 
-    Manifests that the policy lets go are dropped first; that leaves blobs that no manifest needs, and
-    those are unlinked once nobody was told of them for the grace period. Each step takes the write lock
-    for a query or a batch only, except in a dry run, which is one transaction undone at its end.
+    A manifest stays while a tag, a lease, an index that lists it or its subject keeps it. What the policy
+    lets go is chosen by queries without a lock, and removed a batch at a time under the write lock, with
+    what only it kept, unless something keeps it by then. Blobs that no manifest needs are unlinked once
+    nobody was told of them for the grace period.
     """
 
-    def __init__(self, store: Store, policy: Policy, report: Callable[[Removal], None]) -> None:
-        """report is called with each removal."""
+    _KEEPERS = (  # what keeps a manifest
+        "SELECT manifest FROM manifest_references"
+        "  WHERE repository_id = :repository AND child = :digest AND manifest <> :digest"
+        " UNION ALL SELECT s.digest FROM manifests m"
+        "  JOIN manifests s ON s.repository_id = m.repository_id AND s.digest = m.subject"
+        "  WHERE m.repository_id = :repository AND m.digest = :digest"
+        " UNION ALL SELECT 'a lease' FROM repository_blobs"
+        "  WHERE repository_id = :repository AND digest = :digest AND leased_at >= :before"
+        " UNION ALL SELECT name FROM tags"
+        "  WHERE repository_id = :repository AND digest = :digest AND NOT :tagged LIMIT :limit + 1"
+    )
+    _KEPT = (  # what a manifest keeps
+        "SELECT m.digest FROM manifest_references c"
+        " JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child"
+        " WHERE c.repository_id = :repository AND c.manifest = :digest"
+        " UNION SELECT digest FROM manifests"
+        "  WHERE repository_id = :repository AND subject = :digest LIMIT :limit"
+    )
+    # Manifests that no other one keeps. An index with a subject is among them all the same, since what it
+    # lists may be its subject, or what its subject refers to: such a circle goes as one.
+    _TOPMOST = (
+        " FROM manifests m CROSS JOIN repository_blobs l USING (repository_id, digest)"
+        " WHERE l.needed_by = 1 AND (NOT EXISTS (SELECT 1 FROM manifests s"
+        "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
+        " OR EXISTS (SELECT 1 FROM manifest_references c"
+        "  JOIN manifests k ON k.repository_id = c.repository_id AND k.digest = c.child"
+        "  WHERE c.repository_id = m.repository_id AND c.manifest = m.digest AND c.child <> c.manifest))"
+    )
+
+    def __init__(
+        self,
+        store: Store,
+        policy: Policy,
+        report: Callable[[Removal], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """report is called with each removal once it is committed.
+
+        stopped is asked before each batch whether to leave it at that.
+        """
         self._store = store
+        self._files = store.files  # in a dry run, too
         self._policy = policy
         self._report = report
+        self._stopped = stopped
+        now = time.time()
         slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
-        self._leased_before = int(time.time() - policy.grace - slack)
-        self._dry: sqlite3.Connection | None = None
+        self._leased_before = int(now - policy.grace - slack)
+        self._pushing: set[int | str] = set()  # repositories that a push is under way to
+        if policy.grace:
+            recently = now - min(PUSH_PAUSE, policy.grace)
+            sql = (
+                "SELECT DISTINCT repository_id FROM repository_blobs"
+                " WHERE needed_by = 0 AND leased_at BETWEEN ? AND ?"
+            )
+            self._pushing.update(*store.query(sql, int(recently), now + CLOCK_SLACK))
+            self._pushing |= store.pushed_to(now - policy.grace)
+        self._removed: list[Removal] = []  # by the batch under way
+        self._needed_size = 0  # bytes that manifests need, in _shrink
+        self._counts = {"manifest": 0, "blob": 0, "file": 0}
+        self._freed = 0
 
-    def expected(self) -> int:
-        """About how many removals there will be: the policy may let more go."""
+    def expected(self, *, walk: bool) -> int:
+        """About how much there is to look at: the policy may let more go."""
         sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND leased_at < ?"
-        return int(self._store.query(sql, self._leased_before)[0][0])
+        ((count,),) = self._store.query(sql, self._leased_before)
+        return int(count) + (int(self._store.query("SELECT count(*) FROM blobs")[0][0]) if walk else 0)
 
-    def run(self, *, dry_run: bool = False) -> None:
-        """Collect; in a dry run only report."""
+    def summary(self) -> str:
+        """What was removed, in a few words; none if that is nothing."""
+        manifests, blobs = self._counts["manifest"], self._counts["blob"] + self._counts["file"]
+        return f"{manifests} manifests and {blobs} blobs, {self._freed} bytes" if manifests + blobs else ""
+
+    def run(
+        self,
+        *,
+        walk: bool = False,
+        dry_run: bool = False,
+        advance: Callable[[int], None] = lambda _count: None,
+    ) -> None:
+        """Collect; in a dry run only report, from a copy of the database.
+
+        walk: also remove files under blobs/ that a crash left without a row. advance is called with how
+        much was looked at.
+        """
+        self._advance = advance
         self._store.flush_pulls()
-        if dry_run:
-            with self._store.transaction(durable=False) as self._dry:
-                self._collect()
-                self._dry.execute("ROLLBACK")
-                self._dry.execute("BEGIN")
-            return
-        self._store.remove_pending()
-        self._collect()
-        self._store.files.keep_reserve()
+        with contextlib.ExitStack() as resources:
+            if dry_run:
+                directory = resources.enter_context(tempfile.TemporaryDirectory(prefix="registry-gc-"))
+                self._store.backup(f"{directory}/registry.db")
+                self._store = Store(directory, durable=False)
+                resources.callback(self._store.close)
+            self._store.remove_pending()
+            self._mend_times()
+            if self._policy.untagged_after is not None:
+                self._drop_untagged(self._policy.untagged_after)
+            self._sweep()
+            if self._policy.max_size is not None:
+                self._shrink(self._policy.max_size)
+            if walk:
+                self._walk()
+            self._store.files.keep_reserve()
 
-    def _collect(self) -> None:
-        if self._policy.untagged_after is not None:
-            self._drop_untagged(self._policy.untagged_after)
-        self._sweep()
-        if self._policy.max_size is not None:
-            self._shrink(self._policy.max_size)
+    def _choose(self, sql: str, *parameters: object) -> list[Any]:
+        """Some rows of what may go; none once this is to stop."""
+        return [] if self._stopped() else self._store.query(f"{sql} LIMIT {CHOICE}", *parameters)
 
-    @contextlib.contextmanager
-    def _batch(self) -> Iterator[sqlite3.Connection]:
-        if self._dry:
-            yield self._dry
-            return
-        with self._store.transaction(frees=True) as db:
-            yield db
-        self._store.remove_pending()
+    def _each(self, items: Iterator[T], act: Callable[[sqlite3.Connection, T], None]) -> None:
+        """Act on each item, a batch at a time under the write lock, and report what that removed."""
+        item = next(items, None)
+        while item is not None and not self._stopped():
+            with self._store.transaction(frees=True) as db:
+                for _ in range(BATCH):
+                    act(db, item)
+                    item = next(items, None)
+                    if item is None or len(self._removed) >= BATCH:
+                        break
+            self._store.remove_files([removal.digest for removal in self._removed])
+            for removal in self._removed:
+                self._counts[removal.kind] += 1
+                self._freed += removal.size
+                self._report(removal)
+            self._removed.clear()
+
+    def _mend_times(self) -> None:
+        """Have what was stored while the clock was ahead be as old as if that were now."""
+        now = int(time.time())
+
+        def mend(db: sqlite3.Connection, row: tuple[int, str]) -> None:
+            key = "WHERE repository_id = ? AND digest = ?"
+            db.execute(f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {key}", row)
+            sql = f"UPDATE manifests SET pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
+            db.execute(f"{sql} {key}", row)
+
+        sql = (
+            "SELECT repository_id, digest FROM repository_blobs WHERE needed_by = 0 AND leased_at > ?"
+            " UNION SELECT repository_id, digest FROM manifests CROSS JOIN repository_blobs"
+            " USING (repository_id, digest) WHERE ? AND max(leased_at, pushed_at, pulled_at) > ?"
+        )
+        manifests = self._policy.untagged_after is not None or self._policy.max_size is not None
+        while rows := self._choose(sql, now + CLOCK_SLACK, manifests, now + CLOCK_SLACK):
+            self._each(iter(rows), mend)
+
+    def _relied_on(self, repository: int, _digest: str, name: str) -> int:
+        """The second since when clients may rely on what they were told of a repository.
+
+        A push may take longer than the grace. As long as one is under way, it may need what came first.
+        """
+        pushing = repository in self._pushing or hashed_name(name) in self._pushing
+        return self._leased_before - int(UPLOAD_LIFETIME if pushing else 0)
 
     def _drop_untagged(self, age: float) -> None:
-        """Drop untagged manifests that nothing needs. That may free others: children, and referrers."""
-        before = min(self._leased_before, int(time.time() - age))
-        while self._drop(self._untagged(before), before):
-            pass
+        """Drop untagged manifests that nothing keeps, but the newest images."""
+        old = min(self._leased_before, int(time.time() - age))
 
-    def _untagged(self, before: int) -> list[tuple[int, str, str]]:
-        with self._batch() as db:
-            return db.execute(
-                "WITH untagged AS (SELECT m.repository_id, m.digest, l.leased_at, row_number() OVER ("
-                "   PARTITION BY m.repository_id ORDER BY m.pushed_at DESC, m.digest) AS position"
-                "  FROM manifests m JOIN repository_blobs l USING (repository_id, digest)"
-                "  WHERE l.needed_by = 1 AND NOT EXISTS (SELECT 1 FROM tags t"
-                "   WHERE t.repository_id = m.repository_id AND t.digest = m.digest)"
-                "  AND NOT EXISTS (SELECT 1 FROM manifests s"
-                "   WHERE s.repository_id = m.repository_id AND s.digest = m.subject))"
-                " SELECT u.repository_id, r.name, u.digest FROM untagged u"
-                " JOIN repositories r ON r.id = u.repository_id WHERE u.position > ? AND u.leased_at < ?",
-                (self._policy.keep_last, before),
-            ).fetchall()
+        def drop(db: sqlite3.Connection, row: Link) -> None:
+            relied_on = self._relied_on(*row)
+            self._drop(db, row, min(old, relied_on), relied_on)
 
-    def _drop(self, manifests: Sequence[tuple[int, str, str]], before: int, *, tagged: bool = False) -> int:
-        """Drop manifests unless they have come into use again since they were chosen; returns how many."""
-        dropped = 0
-        for start in range(0, len(manifests), BATCH):
-            with self._batch() as db:
-                for repository, name, digest in manifests[start : start + BATCH]:
-                    gone = db.execute(
-                        "DELETE FROM manifests WHERE repository_id = :repository AND digest = :digest"
-                        " AND EXISTS (SELECT 1 FROM repository_blobs WHERE repository_id = :repository"
-                        "  AND digest = :digest AND needed_by = 1 AND leased_at < :before)"
-                        " AND (:tagged OR NOT EXISTS"
-                        "  (SELECT 1 FROM tags WHERE repository_id = :repository AND digest = :digest))",
-                        {"repository": repository, "digest": digest, "before": before, "tagged": tagged},
-                    ).rowcount
-                    if gone:
-                        self._report(Removal("manifest", name, digest, 0))
-                        dropped += 1
-        return dropped
+        sql = (
+            "WITH untagged AS (SELECT m.repository_id, m.digest, m.subject, l.leased_at, row_number() OVER"
+            " (PARTITION BY m.repository_id, m.subject IS NULL"
+            "  ORDER BY m.pushed_at DESC, m.digest) AS position"
+            f" {self._TOPMOST} AND m.repository_id >= ? AND NOT EXISTS (SELECT 1 FROM tags t"
+            "   WHERE t.repository_id = m.repository_id AND t.digest = m.digest))"
+            " SELECT repository_id, digest, name FROM untagged JOIN repositories ON id = repository_id"
+            " WHERE (repository_id, digest) > (?, ?) AND leased_at < ?"
+            " AND (subject IS NOT NULL OR position > ?) ORDER BY repository_id, digest"
+        )
+        last = (0, "")
+        while rows := self._choose(sql, last[0], *last, old, self._policy.keep_last):
+            self._each(iter(rows), drop)
+            last = rows[-1][:2]
 
-    def _sweep(self) -> int:
-        """Unlink the blobs that no manifest needs; returns the bytes that the disk gets back."""
-        freed = 0
-        while True:
-            with self._batch() as db:
-                garbage = db.execute(
-                    "SELECT l.repository_id, r.name, l.digest, b.size FROM repository_blobs l"
-                    " JOIN repositories r ON r.id = l.repository_id JOIN blobs b ON b.digest = l.digest"
-                    " WHERE l.needed_by = 0 AND l.leased_at < ? LIMIT ?",
-                    (self._leased_before, BATCH),
-                ).fetchall()
-                for repository, name, digest, size in garbage:
-                    self._store.unlink(db, repository, digest)
-                    kept = db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall()
-                    self._report(Removal("blob", name, digest, 0 if kept else size))
-                    freed += 0 if kept else size
-            if len(garbage) < BATCH:
-                return freed
+    def _drop(
+        self, db: sqlite3.Connection, link: Link, old: int, relied_on: int, *, tagged: bool = False
+    ) -> list[str]:
+        """Drop a manifest that is old, though it may be tagged if that is said, with what only it kept.
 
-    def _unneeded_size(self) -> int:
-        """How many bytes go as soon as their grace is over: they need nothing else to go for them."""
-        with self._batch() as db:
-            ((size,),) = db.execute(
-                "SELECT coalesce(sum(b.size), 0) FROM"
-                " (SELECT DISTINCT digest FROM repository_blobs WHERE needed_by = 0) u"
-                " JOIN blobs b ON b.digest = u.digest WHERE NOT EXISTS"
-                " (SELECT 1 FROM repository_blobs l WHERE l.digest = u.digest AND l.needed_by > 0)"
-            )
-        return int(size)
+        Returns what it kept and others keep as well. Does nothing if something keeps the manifest itself.
+        """
+        repository, digest, name = link
+        keepers: dict[str, set[str]] = {}
+        found = [digest]
+        for each in found:
+            if each not in keepers and len(keepers) < DROP_LIMIT:
+                values = {"repository": repository, "digest": each, "limit": DROP_LIMIT}
+                itself = each == digest
+                how = {"before": old if itself else relied_on, "tagged": itself and tagged}
+                keepers[each] = {keeper for (keeper,) in db.execute(self._KEEPERS, {**values, **how})}
+                found += [kept for (kept,) in db.execute(self._KEPT, values)]
+        going = set(keepers)
+        while staying := {each for each in going if not keepers[each] <= going}:
+            going -= staying
+        if digest not in going:
+            return []
+        needed: set[str] = set()
+        for each in going:
+            sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
+            needed.update(child for (child,) in db.execute(sql, (repository, each)))
+            sql = "DELETE FROM manifests WHERE repository_id = ? AND digest = ?"
+            if db.execute(sql, (repository, each)).rowcount:
+                self._removed.append(Removal("manifest", name, each, 0))
+        for child in needed:
+            leased_before = float("inf") if child in going else relied_on  # untagging has leased it just now
+            self._unlink(db, (repository, child, name), leased_before)
+        return [each for each in keepers if each not in going]
+
+    def _unlink(self, db: sqlite3.Connection, link: Link, leased_before: float) -> None:
+        """Unlink a blob unless a manifest of the repository needs it or a client may rely on it."""
+        repository, digest, name = link
+        rows = db.execute(
+            "SELECT size, leased_at, needed_by,"
+            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = l.digest AND needed_by > 0),"
+            " EXISTS (SELECT 1 FROM repository_blobs"
+            "  WHERE digest = l.digest AND repository_id <> l.repository_id)"
+            " FROM repository_blobs l JOIN blobs b USING (digest) WHERE repository_id = ? AND digest = ?",
+            (repository, digest),
+        ).fetchall()
+        for size, leased_at, needed_here, needed, elsewhere in rows:
+            self._needed_size -= 0 if needed else size
+            if not needed_here and leased_at < leased_before:
+                self._store.unlink(db, repository, digest)
+                self._removed.append(Removal("blob", name, digest, 0 if elsewhere else size))
+
+    def _sweep(self) -> None:
+        """Unlink the blobs that no manifest needs."""
+
+        def unlink(db: sqlite3.Connection, row: tuple[int, int, str, str]) -> None:
+            self._unlink(db, row[1:], self._leased_before)
+
+        sql = (
+            "SELECT leased_at, repository_id, digest, name FROM repository_blobs"
+            " JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
+            " AND (leased_at, repository_id, digest) > (?, ?, ?) ORDER BY leased_at, repository_id, digest"
+        )
+        last = (-1, 0, "")
+        while rows := self._choose(sql, self._leased_before, *last):
+            self._each((row for row in rows if row[0] < self._relied_on(*row[1:])), unlink)
+            self._advance(len(rows))
+            last = rows[-1][:3]
 
     def _shrink(self, max_size: int) -> None:
-        """Drop the least recently pulled manifests until the store fits, or nothing more may go yet."""
-        with self._batch() as db:
-            ((size,),) = db.execute("SELECT coalesce(sum(size), 0) FROM blobs")
-        while size - self._unneeded_size() > max_size:
-            with self._batch() as db:
-                oldest = db.execute(
-                    "SELECT m.repository_id, r.name, m.digest FROM manifests m"
-                    " JOIN repositories r ON r.id = m.repository_id"
-                    " JOIN repository_blobs l ON l.repository_id = m.repository_id AND l.digest = m.digest"
-                    " WHERE l.needed_by = 1 AND l.leased_at < ? AND NOT EXISTS (SELECT 1 FROM manifests s"
-                    "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
-                    " ORDER BY m.pulled_at, m.pushed_at LIMIT 1",
-                    (self._leased_before,),
-                ).fetchall()
-            if not oldest:
-                return
-            self._drop(oldest, self._leased_before, tagged=True)
-            size -= self._sweep()
+        """Drop the least recently pulled manifests until what is needed fits, or nothing more may go yet."""
+        ((self._needed_size,),) = self._store.query(
+            "SELECT (SELECT coalesce(sum(size), 0) FROM blobs) - (SELECT coalesce(sum(size), 0) FROM blobs b"
+            " WHERE digest IN (SELECT digest FROM repository_blobs WHERE needed_by = 0) AND NOT EXISTS"
+            " (SELECT 1 FROM repository_blobs l WHERE l.digest = b.digest AND l.needed_by > 0))"
+        )
+        order = "m.pulled_at, m.pushed_at, m.repository_id, m.digest"
+        sql = (
+            f"SELECT {order}, (SELECT name FROM repositories WHERE id = m.repository_id)"
+            f" {self._TOPMOST} AND l.leased_at < ?"
+        )
+        heap: list[tuple[int, int, int, str, str]] = []
+        end = (-1, 0, 0, "", "")
+
+        def least_recent() -> Iterator[tuple[int, int, int, str, str]]:
+            while heap and self._needed_size > max_size:
+                yield heapq.heappop(heap)
+
+        def drop(db: sqlite3.Connection, row: tuple[int, int, int, str, str]) -> None:
+            before = self._leased_before
+            for kept in self._drop(db, row[2:], before, before, tagged=True):
+                freed = db.execute(f"{sql} AND m.repository_id = ? AND m.digest = ?", (before, row[2], kept))
+                for each in freed:  # it may have been pulled before what is next
+                    if each <= end:
+                        heapq.heappush(heap, each)
+
+        page = f"{sql} AND ({order}) > (?, ?, ?, ?) ORDER BY {order}"
+        while self._needed_size > max_size and (rows := self._choose(page, self._leased_before, *end[:4])):
+            heap, end = rows, rows[-1]
+            self._each(least_recent(), drop)
+
+    def _walk(self) -> None:
+        """Remove files under blobs/ that have no row, once nobody has touched them for the grace period."""
+
+        def remove(db: sqlite3.Connection, digest: str) -> None:
+            size = self._abandoned(digest)
+            marked = size is not None and db.execute(
+                "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
+                " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
+                {"digest": digest},
+            )
+            if marked and marked.rowcount:
+                self._removed.append(Removal("file", "", digest, size or 0))
+
+        digests = (digest for digest in self._files.contents() if is_digest(digest))
+        while not self._stopped() and (some := list(itertools.islice(digests, 5 * BATCH))):
+            sql = f"SELECT digest FROM blobs WHERE digest IN ({', '.join('?' * len(some))})"
+            unknown = set(some).difference(digest for (digest,) in self._store.query(sql, *some))
+            self._each((digest for digest in unknown if self._abandoned(digest) is not None), remove)
+            self._advance(len(some))
+
+    def _abandoned(self, digest: str) -> int | None:
+        """The size of a file that nobody is about to give a row: renamed into place, it would be young."""
+        path = self._files.path(digest)
+        try:
+            status = os.lstat(path)
+            changed = max(status.st_mtime, status.st_ctime)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            if changed > time.time() + CLOCK_SLACK and self._files is self._store.files:
+                os.utime(path)  # the clock was ahead: as old as if that were now
+        except OSError:
+            return None
+        return status.st_size if changed < self._leased_before else None
 
 
 class Finding(NamedTuple):
@@ -2050,8 +2274,6 @@ def _tokens(sql: str) -> list[str]:
 
 
 # === Access ===========================================================================================
-
-T = TypeVar("T")
 
 
 class WatchedFiles(Generic[T]):
@@ -3817,13 +4039,6 @@ def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
         ) from error
 
 
-def summarize(removals: Sequence[Removal], verb: str) -> str:
-    """One line on what garbage collection did."""
-    blobs = sum(removal.kind == "blob" for removal in removals)
-    freed = sum(removal.size for removal in removals)
-    return f"{verb} {len(removals) - blobs} manifests and {blobs} blobs, {freed} bytes"
-
-
 _running: set[Registry] = set()  # those that are open in this process
 
 
@@ -3972,9 +4187,11 @@ class Registry:
             (FLUSH_INTERVAL, self.store.files.keep_reserve),
             (EXPIRY_INTERVAL, self.store.expire_uploads),
         ]
-        if self.gc_interval:
-            jobs.append((self.gc_interval, self._collect_garbage))
         due = [time.monotonic() + interval for interval, _ in jobs]
+        if self.gc_interval:
+            jobs.append((self.gc_interval, lambda: self._collect_garbage(stop)))
+            passed = min(max(0.0, time.time() - self.store.files.collected_at()), self.gc_interval)
+            due.append(time.monotonic() + self.gc_interval - passed)
         while not stop.wait(max(0.0, min(due) - time.monotonic())):
             number = due.index(min(due))
             interval, job = jobs[number]
@@ -3984,11 +4201,15 @@ class Registry:
                 write_log(traceback.format_exc(), end="")
             due[number] = time.monotonic() + interval
 
-    def _collect_garbage(self) -> None:
-        removals: list[Removal] = []
-        Collector(self.store, self.policy or Policy(), removals.append).run()
-        if removals and self.log:
-            self.log(summarize(removals, "gc removed"))
+    def _collect_garbage(self, stop: threading.Event) -> None:
+        """Collect, and with the first collection of a day (UTC) walk over blobs/."""
+        walk = self.store.files.collected_at() // DAY != time.time() // DAY
+        collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stop.is_set)
+        collector.run(walk=walk)
+        if not stop.is_set():
+            self.store.files.note_collection()
+        if self.log and collector.summary():
+            self.log(f"gc removed {collector.summary()}")
 
     def serve(self) -> None:
         """Accept connections until stop; after open."""
@@ -4241,19 +4462,17 @@ def format_count(count: int, unit: str) -> str:
 def command_gc(options: argparse.Namespace) -> None:
     """Remove what nothing needs any more, beside a running registry or without one."""
     with contextlib.closing(open_existing_store(options.data)) as store:
-        removals: list[Removal] = []
 
         def report(removal: Removal) -> None:
-            removals.append(removal)
-            progress.advance(1)
+            progress.finish()
+            where = f"{removal.repository}@" if removal.repository else ""
+            print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
 
         collector = Collector(store, policy_of(options), report)
-        progress = Progress(collector.expected(), "removed")
-        collector.run(dry_run=options.dry_run)
+        progress = Progress(collector.expected(walk=options.all), "items")
+        collector.run(walk=options.all, dry_run=options.dry_run, advance=progress.advance)
         progress.finish()
-    for removal in removals:
-        print(f"{removal.kind} {removal.repository}@{removal.digest} {removal.size}")
-    print(summarize(removals, "would remove" if options.dry_run else "removed"))
+    print_line(f"{'would remove' if options.dry_run else 'removed'} {collector.summary() or 'nothing'}")
 
 
 def command_verify(options: argparse.Namespace) -> int:
@@ -4381,7 +4600,7 @@ DATA_OPTION = ("--data", "data directory", {"default": "./data", "metavar": "DIR
 POLICY_OPTIONS = (
     ("--untagged-after", "remove manifests that have been without a tag for so long, such as 7d; else never",
         {"type": parse_duration, "metavar": "AGE"}),
-    ("--keep-last", "but keep the newest N untagged manifests of each repository",
+    ("--keep-last", "but keep the newest N untagged images of each repository",
         {"type": parse_count_option, "default": 0, "metavar": "N"}),
     ("--grace", "leave alone what a client pushed or asked for so recently",
         {"type": parse_grace, "default": "1h", "metavar": "AGE"}),
@@ -4420,7 +4639,10 @@ SERVE_OPTIONS = (
 COMMANDS = (
     ("gc", command_gc, "remove what nothing needs any more", (
         DATA_OPTION,
-        ("--dry-run", "only say what would be removed", {"action": "store_true"}),
+        ("--dry-run", "only say what would be removed, from a copy of the database in a temporary directory",
+            {"action": "store_true"}),
+        ("--all", "also remove files that a crash left under blobs/, as the daemon does daily",
+            {"action": "store_true"}),
         *POLICY_OPTIONS,
     )),
     ("verify", command_verify, "check every file and every row", (

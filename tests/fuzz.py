@@ -61,7 +61,7 @@ SESSIONS = 2
 NAME = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SESSION_ID = re.compile(r"[0-9a-f]{32}-sha(256|512)-[0-9a-f]{16}")
-KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|reserve|token\.key|blobs|uploads")
+KEPT_FILES = re.compile(r"registry\.db(-wal|-shm)?|reserve|last-gc|token\.key|blobs|uploads")
 
 
 # === Content ===

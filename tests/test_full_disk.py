@@ -124,7 +124,7 @@ class FullDiskTestCase(HTTPTestCase):
     def garbage(self, size: int) -> str:
         """A blob that nothing needs, pushed long ago."""
         digest = self.client.push_blob(unique("garbage").ljust(size, b"."))
-        upkeep.leases_told(self.volume.data.path, 3 * upkeep.HOUR, digest)
+        upkeep.leases_told(self.volume.data.path, 3 * upkeep.DAY, digest)
         return digest
 
 

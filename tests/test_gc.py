@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import registry
 from tests import upkeep
 from tests.support import (
     MEBIBYTE,
     OCI_CONFIG,
+    OCI_MANIFEST,
+    ROOT,
+    TIMEOUT,
     Client,
     Daemon,
     DataDirectory,
@@ -249,6 +257,137 @@ class WhatGoes(CollectionTestCase):
         self.assert_lives(image)
 
 
+class Retention(CollectionTestCase):
+    """Which untagged manifests stay: images count, and what belongs to something goes or stays with it."""
+
+    def age(self, days: float, *bodies: bytes) -> None:
+        for body in bodies:
+            upkeep.manifests_pushed(self.data.path, days * DAY, digest_of(body))
+
+    def assert_manifests(self, *bodies: bytes) -> None:
+        """These are there, and no others."""
+        rows = self.data.rows("SELECT digest FROM manifests")
+        self.assertEqual({digest for (digest,) in rows}, set(map(digest_of, bodies)))
+        self.assert_consistent()
+
+    def test_an_orphaned_referrer_takes_no_place_of_an_image_and_goes(self) -> None:
+        image = self.client.push_image()
+        orphan = self.client.push_image(subject=descriptor(unique(), OCI_MANIFEST))
+        self.age(1, image.body)
+        self.collect(untagged_after=HOUR, keep_last=1)
+        self.assert_manifests(image.body)
+        self.assert_gone(*orphan.blobs)
+
+    def test_an_orphaned_referrer_stays_for_its_time_and_goes_with_its_children(self) -> None:
+        child = self.client.push_image()
+        self.push_index(child.descriptor, subject=descriptor(unique(), OCI_MANIFEST))
+        self.assertEqual(self.collect(untagged_after=7 * DAY, keep_last=1), [])
+        self.collect(age=7 * DAY, untagged_after=7 * DAY, keep_last=1)
+        self.assert_manifests()
+
+    def test_a_referrer_whose_subject_was_deleted_is_orphaned(self) -> None:
+        image, newer = self.client.push_image(), self.client.push_image()
+        self.client.push_image(subject=image.descriptor)
+        self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+        self.age(1, newer.body)
+        self.collect(untagged_after=HOUR, keep_last=1)
+        self.assert_manifests(newer.body)
+
+    def test_what_refers_to_a_kept_image_stays_with_it(self) -> None:
+        images = [self.client.push_image() for _ in range(2)]
+        referrers = [self.client.push_image(subject=image.descriptor) for image in images]
+        self.age(2, images[0].body)
+        self.age(1, images[1].body)
+        self.collect(untagged_after=HOUR, keep_last=1)
+        self.assert_manifests(images[1].body, referrers[1].body)
+
+    def test_a_referrer_goes_with_its_subject_though_it_is_younger(self) -> None:
+        image = self.client.push_image()
+        self.client.push_image(subject=image.descriptor)
+        upkeep.everything(self.data.path, 7 * DAY, image.digest)
+        self.collect(untagged_after=7 * DAY)
+        self.assert_manifests()
+
+    def test_children_displace_no_image_and_go_with_their_index_in_the_same_run(self) -> None:
+        children = [self.client.push_image() for _ in range(2)]
+        index = self.push_index(*(child.descriptor for child in children))
+        images = [self.client.push_image() for _ in range(2)]
+        self.age(3, index)
+        self.age(2, images[0].body)
+        self.age(1, images[1].body)
+        self.collect(untagged_after=HOUR, keep_last=2)
+        self.assert_manifests(*(image.body for image in images))
+        self.assert_gone(*children[0].blobs)
+
+    def test_a_child_of_two_indexes_goes_with_the_second(self) -> None:
+        shared, own = self.client.push_image(), self.client.push_image()
+        old = self.push_index(shared.descriptor, own.descriptor)
+        new = self.push_index(shared.descriptor)
+        self.age(1, old)
+        self.collect(untagged_after=HOUR, keep_last=1)
+        self.assert_manifests(shared.body, new)
+        self.collect(untagged_after=HOUR)
+        self.assert_manifests()
+
+    def push_circle(self, tag: str = "") -> list[bytes]:
+        """An index that lists an image and refers to what refers to that image."""
+        image = self.client.push_image(tag)
+        signature = self.client.push_image(subject=image.descriptor)
+        index = self.push_index(image.descriptor, subject=signature.descriptor)
+        listing = self.push_index(image.descriptor, subject=image.descriptor)
+        return [image.body, signature.body, index, listing]
+
+    def test_what_keeps_itself_in_a_circle_goes_once_no_tag_reaches_it(self) -> None:
+        circle = self.push_circle("v1")
+        self.collect(untagged_after=HOUR, max_size=10)
+        self.assert_manifests(*circle)
+        self.client.expect(202, "DELETE", "manifests/v1")
+        self.collect(age=2 * DAY, untagged_after=7 * DAY)
+        self.assert_manifests(*circle)
+        self.collect(age=6 * DAY, untagged_after=7 * DAY)
+        self.assert_manifests()
+
+    def test_what_keeps_itself_in_a_circle_goes_when_the_store_is_too_large(self) -> None:
+        self.push_circle()
+        self.collect(max_size=10)
+        self.assert_manifests()
+
+    def test_what_is_kept_again_between_choosing_and_dropping_stays(self) -> None:
+        base = self.client.push_image("base")
+        layers = map(descriptor, base.layers)
+        subject = image_manifest(descriptor(base.config, OCI_CONFIG), layers, annotations={"not": "pushed"})
+
+        def push_subject(_orphan: Image) -> None:
+            self.client.push_manifest(subject)
+
+        def push_tag(orphan: Image) -> None:
+            self.client.push_manifest(orphan.body, "again")
+
+        def push_index(orphan: Image) -> None:
+            self.push_index(orphan.descriptor, tag="multi")
+
+        def ask(orphan: Image) -> None:
+            self.client.expect(200, "HEAD", f"manifests/{orphan.digest}")
+
+        for policy in ({"untagged_after": HOUR}, {"max_size": 1}):
+            for arrive in (push_subject, push_tag, push_index, ask):
+                with self.subTest(arrive.__name__, policy=policy):
+                    orphan = self.client.push_image(subject=descriptor(encode(subject), OCI_MANIFEST))
+                    upkeep.everything(self.data.path, 30 * DAY)
+                    upkeep.leases_told(self.data.path, -30 * DAY, base.digest)  # stays, and its blobs with it
+                    with upkeep.before_removing(lambda: arrive(orphan)):  # noqa: B023 - done at once
+                        upkeep.collect(self.registry.store, **policy)
+                    self.assert_lives(orphan)
+                    for digest in self.data.rows(
+                        "SELECT digest FROM manifests WHERE digest <> ?", base.digest
+                    ):
+                        self.client.delete(f"manifests/{digest[0]}")
+                    for digest in self.data.rows(
+                        "SELECT digest FROM manifests WHERE digest <> ?", base.digest
+                    ):
+                        self.client.delete(f"manifests/{digest[0]}")
+
+
 class Grace(CollectionTestCase):
     """Garbage that a client was told of stays for the grace period, here 100 minutes."""
 
@@ -385,6 +524,23 @@ class DryRun(CollectionTestCase):
         self.assertGreater(len(predicted), 100)
         self.assertEqual(upkeep.collect(self.registry.store, **policy), predicted)
 
+    def test_others_push_and_delete_meanwhile(self) -> None:
+        image = self.client.push_image("v1")
+        for _ in range(3):
+            self.client.push_blob(unique())
+        upkeep.everything(self.data.path, DAY)
+        pushed = []
+
+        def push(_removal: Any) -> None:
+            if not pushed:
+                pushed.append(self.other.push_image("v1"))
+                self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+
+        collector = registry.Collector(self.registry.store, registry.Policy(), push)
+        collector.run(dry_run=True)
+        self.assert_lives(pushed[0], "v1", self.other)
+        self.assertEqual(len(upkeep.collect(self.registry.store)), 5)
+
     def test_so_does_one_that_looks_at_the_size(self) -> None:
         for number in range(4):
             image = self.client.push_image(f"v{number}")
@@ -435,6 +591,52 @@ class MaximumSize(CollectionTestCase):
             self.collect(age=0, max_size=450_000)
             self.assertEqual(self.tags(), ["b", "c", "d", "e"])
 
+    def test_what_an_index_has_let_go_takes_its_turn_among_the_others(self) -> None:
+        images = {tag: self.push_sized(tag) for tag in ("first", "second", "third", "fourth")}
+        indexes = {f"index-{tag}": self.push_index(image.descriptor) for tag, image in images.items()}
+        for tag, body in indexes.items():
+            self.client.push_manifest(body, tag)
+        for days, tag in enumerate(images):
+            upkeep.manifests_pushed(self.data.path, (9 - 2 * days) * DAY, images[tag].digest)
+            upkeep.manifests_pushed(self.data.path, (8 - 2 * days) * DAY, digest_of(indexes[f"index-{tag}"]))
+        self.collect(max_size=350_000)
+        self.assertEqual(self.tags(), sorted([*list(images)[1:], *list(indexes)[1:]]))
+
+    def test_what_images_share_counts_once_the_last_of_them_is_gone(self) -> None:
+        shared = unique().ljust(100_000, b".")
+        for number, client in enumerate((self.client, self.other, self.client, self.other)):
+            client.push_blob(shared)
+            config = encode({"number": number})
+            client.push_blob(config)
+            body = encode(image_manifest(descriptor(config, OCI_CONFIG), [descriptor(shared)]))
+            client.push_manifest(body, f"v{number}")
+            upkeep.manifests_pushed(self.data.path, (9 - number) * DAY, digest_of(body))
+        self.collect(max_size=100_500)
+        self.assertEqual(self.data.rows("SELECT name FROM tags"), [("v3",)])
+        self.assertEqual(self.data.links(digest_of(shared)), [self.other.repository])
+        self.collect(max_size=100_000)
+        self.assertEqual(self.data.files(), {})
+
+    def test_the_write_lock_is_never_held_to_choose(self) -> None:
+        """To look for each one among all others took most of a collection's time."""
+        image = self.push_sized("a")
+        copy = "INSERT INTO manifests SELECT repository_id, ?, media_type, NULL, NULL, 0, 0 FROM manifests"
+        for number in range(250):
+            digest = f"sha256:{number:064}"
+            upkeep.change(self.data.path, "INSERT INTO blobs VALUES (?, 1000)", digest)
+            upkeep.change(self.data.path, "INSERT INTO repository_blobs VALUES (1, ?, 0, 0)", digest)
+            upkeep.change(self.data.path, f"{copy} LIMIT 1", digest)
+            upkeep.change(
+                self.data.path, "INSERT INTO manifest_references VALUES (1, ?, ?, 1)", digest, digest
+            )
+        seen: list[str] = []
+        self.registry.store._writer.set_trace_callback(seen.append)
+        upkeep.collect(self.registry.store, max_size=150_000)
+        self.registry.store._writer.set_trace_callback(None)
+        self.assertEqual(len(self.data.rows("SELECT 1 FROM manifests WHERE pulled_at = 0")), 49)
+        self.assertEqual([sql for sql in seen if "ORDER BY" in sql or "sum(" in sql], [])
+        self.assert_lives(image, "a")
+
     def test_a_store_that_fits_loses_nothing(self) -> None:
         self.push_sized("a")
         self.assertEqual(self.collect(max_size=MEBIBYTE), [])
@@ -466,6 +668,195 @@ class MaximumSize(CollectionTestCase):
         self.assert_lives(young, "young")
         self.assertEqual(self.client.head(f"manifests/{digest_of(index)}").status, 404)
         self.assert_gone(child.body, *child.blobs)
+
+
+class PushUnderWay(CollectionTestCase):
+    """A push that takes longer than the grace finds its first layers when it comes to the manifest."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.layer = unique("layer")
+        for client in (self.client, self.other):
+            client.push_blob(self.layer)
+        upkeep.leases_told(self.data.path, 2 * HOUR)
+
+    def assert_spared(self) -> None:
+        upkeep.collect(self.registry.store)
+        self.assertEqual(self.data.links(digest_of(self.layer)), [self.client.repository])
+
+    def assert_collected(self) -> None:
+        upkeep.collect(self.registry.store)
+        self.assertEqual(self.data.links(digest_of(self.layer)), [])
+
+    def let_session_rest(self, seconds: float) -> None:
+        (session,) = self.data.unfinished()
+        written = time.time() - seconds
+        os.utime(self.data.path / "uploads" / session, (written, written))
+
+    def test_while_another_layer_comes(self) -> None:
+        self.client.open_upload()
+        self.let_session_rest(50 * MINUTE)
+        self.assert_spared()
+        self.let_session_rest(2 * HOUR)
+        self.assert_collected()
+
+    def test_between_two_layers(self) -> None:
+        digest = self.client.push_blob(unique("next layer"))
+        self.assert_spared()
+        upkeep.leases_told(self.data.path, 2 * MINUTE, digest)
+        self.assert_collected()
+
+    def test_but_not_for_longer_than_a_day(self) -> None:
+        self.client.open_upload()
+        upkeep.leases_told(self.data.path, DAY)
+        self.assert_collected()
+
+    def test_untagged_children_of_an_index_to_come_stay_too(self) -> None:
+        child = self.client.push_image()
+        upkeep.everything(self.data.path, 2 * HOUR)
+        self.client.open_upload()
+        upkeep.collect(self.registry.store, untagged_after=0)
+        self.push_index(child.descriptor, tag="multi")
+        self.assert_lives(child)
+
+
+class ClockAhead(CollectionTestCase):
+    """What was stored while the clock was years ahead is as old as if it came with the next collection."""
+
+    def test_it_is_collected_in_its_time(self) -> None:
+        loose = unique()
+        self.client.push_blob(loose)
+        untagged, tagged = self.client.push_image(), self.client.push_image("v1")
+        self.assertEqual(self.collect(age=-900 * DAY, untagged_after=HOUR), [])
+        self.collect(age=2 * HOUR, untagged_after=HOUR)
+        self.assert_gone(loose, untagged.body)
+        self.collect(age=0)
+        self.collect(age=2 * HOUR)
+        self.assert_gone(*untagged.blobs)
+        self.assert_lives(tagged)
+        for age in (0, 0, 2 * HOUR):  # the image goes, and then what was its own
+            self.collect(age=age, max_size=10)
+        self.assertEqual(self.data.files(), {})
+
+    def test_it_does_not_stay_the_newest_image(self) -> None:
+        ahead = self.client.push_image()
+        upkeep.everything(self.data.path, -900 * DAY)
+        upkeep.collect(self.registry.store, untagged_after=HOUR, keep_last=1)
+        upkeep.everything(self.data.path, 1)
+        newer = self.client.push_image()
+        self.collect(untagged_after=HOUR, keep_last=1)
+        self.assert_lives(newer)
+        self.assert_gone(ahead.body)
+
+
+class Walk(CollectionTestCase):
+    """What a crash left under blobs/ without a row is found by a walk, here a day after it came."""
+
+    def walk(self, **options: Any) -> list[tuple[str, str]]:
+        now = time.time()
+        with mock.patch("time.time", lambda: now + DAY):
+            return upkeep.collect(self.registry.store, walk=True, grace=HOUR, **options)
+
+    def leave(self, content: bytes) -> Path:
+        """A file that a crash left."""
+        path = self.data.path / "blobs" / digest_of(content).replace(":", "/")
+        path.write_bytes(content)
+        return path
+
+    def test_it_is_removed(self) -> None:
+        image = self.client.push_image("v1")
+        content = unique()
+        path = self.leave(content)
+        self.assertEqual(upkeep.collect(self.registry.store), [], "an ordinary run follows the garbage")
+        for dry_run in (True, False):
+            self.assertTrue(path.exists())
+            self.assertEqual(self.walk(dry_run=dry_run), [("file", digest_of(content))])
+        self.assert_consistent()
+        self.assert_lives(image)
+        self.assertEqual(self.walk(), [])
+
+    def test_a_file_is_young_that_was_written_or_renamed_within_the_grace(self) -> None:
+        path = self.leave(unique())
+        os.utime(path, (0, 0))
+        self.assertEqual(upkeep.collect(self.registry.store, walk=True), [], "just renamed")
+        tomorrow = time.time() + DAY - MINUTE
+        os.utime(path, (tomorrow, tomorrow))
+        self.assertEqual(self.walk(), [], "just written")
+        os.utime(path, (0, 0))
+        self.assertEqual(len(self.walk()), 1)
+
+    def test_a_time_in_the_future_counts_as_now(self) -> None:
+        path = self.leave(unique())
+        os.utime(path, (2**32, 2**32))
+        self.assertEqual(self.walk(), [])
+        self.assertEqual(len(self.walk()), 1)
+
+    def test_only_files_that_a_registry_names_are_looked_at(self) -> None:
+        directory = self.data.path / "blobs" / "sha256"
+        for name in ("notes.txt", "A" * 64, "0" * 63):
+            (directory / name).write_bytes(b"")
+        (directory / ("1" * 64)).mkdir()
+        (directory / ("2" * 64)).symlink_to(directory / "notes.txt")
+        self.assertEqual(self.walk(), [])
+        self.assertEqual(len(list(directory.iterdir())), 5)
+
+    def test_a_push_of_just_that_content_wins(self) -> None:
+        content = unique()
+        path = self.leave(content)
+        with upkeep.before_removing(lambda: self.client.push_blob(content)):
+            self.assertEqual(self.walk(), [])
+        self.assert_blob(self.client, content)
+        self.assertTrue(path.exists())
+
+    def test_a_push_that_has_just_renamed_its_file_wins(self) -> None:
+        path = self.leave(unique())
+        ages = iter([DAY])  # at the first look; after that the file is as young as it is
+        look = os.lstat
+
+        def aged(name: str) -> os.stat_result:
+            status = look(name)
+            age = next(ages, 0) if str(name) == str(path) else 0
+            return os.stat_result([*status[:8], status.st_mtime - age, status.st_ctime - age])
+
+        with mock.patch("os.lstat", aged):
+            self.assertEqual(upkeep.collect(self.registry.store, walk=True), [])
+        self.assertEqual(next(ages, None), None)
+        self.assertTrue(path.exists())
+
+
+class Stopping(CollectionTestCase):
+    """A collection reports as it goes, and can be stopped between two batches."""
+
+    def add_garbage(self, count: int) -> None:
+        """Rows of so many blobs that nothing needs, for long, whose files are gone."""
+        self.client.push_blob(unique())
+        numbers = f"WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT {count})"
+        digest = "printf('sha256:%064d', n)"
+        upkeep.change(self.data.path, f"INSERT INTO blobs {numbers} SELECT {digest}, 1 FROM n")
+        columns = "repository_id, digest, leased_at, needed_by"
+        links = f"{numbers} SELECT 1, {digest}, 0, 0 FROM n"
+        upkeep.change(self.data.path, f"INSERT INTO repository_blobs ({columns}) {links}")
+
+    def test_it_stops_between_batches_with_all_reported_that_is_gone(self) -> None:
+        self.add_garbage(1000)
+        reported: list[Any] = []
+        collector = registry.Collector(
+            self.registry.store, registry.Policy(), reported.append, stopped=lambda: len(reported) > 150
+        )
+        collector.run()
+        ((left,),) = self.data.rows("SELECT count(*) FROM blobs")
+        self.assertEqual((len(reported), left), (200, 801))
+
+    def test_closing_does_not_wait_for_the_rest(self) -> None:
+        self.add_garbage(20_000)
+        begun = threading.Event()
+        with mock.patch.object(registry.Files, "remove", lambda *_: begun.set()):
+            collecting = registry.Registry(data=str(self.data.path), sync=False, gc_interval=0.001)
+            collecting.start()
+            self.assertTrue(begun.wait(TIMEOUT))
+            collecting.close()
+        ((left,),) = self.data.rows("SELECT count(*) FROM blobs WHERE size = 1")
+        self.assertGreater(left, 0)
 
 
 class Sweeping(CollectionTestCase):
@@ -539,6 +930,26 @@ class Command(unittest.TestCase):
         status, lines, _ = self.gc()
         self.assertEqual((status, len(lines)), (0, 1))
 
+    def test_it_goes_on_when_nobody_reads_what_it_prints(self) -> None:
+        with self.client.keep_alive() as client:
+            for _ in range(120):
+                client.push_blob(unique())
+        upkeep.everything(self.data.path, DAY)
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            command = [sys.executable, "registry.py", "gc", "--data", str(self.data.path)]
+            done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+        finally:
+            os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(self.data.files(), {})
+
+    def test_all_walks_over_the_files_too(self) -> None:
+        (self.data.path / "blobs" / "sha256" / ("3" * 64)).write_bytes(b"left by a crash")
+        status, lines, _ = self.gc("--all", "--dry-run")
+        self.assertEqual((status, len(lines)), (0, 1), "it is young")
+
     def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
         with tempfile.TemporaryDirectory() as parent:
             done = python("registry.py", "gc", "--data", f"{parent}/nothing")
@@ -611,6 +1022,33 @@ class Housekeeping(unittest.TestCase):
                     line = daemon.read_line()
                 self.assertEqual(daemon.client.head(f"manifests/{image.digest}").status, 404)
                 daemon.client.expect(200, "GET", f"manifests/{kept.digest}")
+
+    def test_it_collects_though_it_is_restarted_more_often_than_that(self) -> None:
+        """An hour after the last collection, whichever process did that; the first start counts as one."""
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with tempfile.TemporaryDirectory() as data:
+            options = {"data": data, "sync": False, "gc_interval": HOUR, "log": lines.put}
+            with registry.Registry(**options) as running:
+                Client(running.netloc, "daemon/image").push_blob(unique())
+            first = os.stat(f"{data}/last-gc").st_mtime
+            upkeep.everything(Path(data), DAY)
+            os.utime(f"{data}/last-gc", (first - HOUR - 1, first - HOUR - 1))
+            with registry.Registry(**options) as running:
+                while "gc removed" not in lines.get(timeout=TIMEOUT):
+                    pass
+            self.assertGreaterEqual(os.stat(f"{data}/last-gc").st_mtime, first)
+
+    def test_it_walks_over_the_files_once_a_day(self) -> None:
+        now = time.time()
+        with tempfile.TemporaryDirectory() as data, registry.Registry(data=data, sync=False) as running:
+            file = Path(data) / "blobs" / "sha256" / ("3" * 64)
+            for collected, walks in ((now, True), (now + DAY, False), (now + 3 * DAY, True)):
+                file.write_bytes(b"left by a crash")
+                running.store.files.note_collection()
+                os.utime(f"{data}/last-gc", (collected, collected))
+                with mock.patch("time.time", lambda: now + DAY):
+                    running._collect_garbage(threading.Event())
+                self.assertEqual(file.exists(), not walks)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import registry
 from tests.support import TIMEOUT
@@ -21,11 +22,36 @@ def opened(data: Path) -> Iterator[registry.Store]:
         yield store
 
 
-def collect(store: registry.Store, *, dry_run: bool = False, **policy: Any) -> list[tuple[str, str]]:
+def collect(
+    store: registry.Store,
+    *,
+    dry_run: bool = False,
+    walk: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+    **policy: Any,
+) -> list[tuple[str, str]]:
     """Collect garbage; the kind and digest of each thing that went, or would go."""
     removed: list[Any] = []
-    registry.Collector(store, registry.Policy(**policy), removed.append).run(dry_run=dry_run)
+    collector = registry.Collector(store, registry.Policy(**policy), removed.append, stopped=stopped)
+    collector.run(walk=walk, dry_run=dry_run)
     return sorted((removal.kind, removal.digest) for removal in removed)
+
+
+@contextlib.contextmanager
+def before_removing(arrive: Callable[[], Any]) -> Iterator[None]:
+    """When a collection has chosen first what to remove, something happens before it does."""
+    remove, arrived = registry.Collector._each, []
+
+    def arrive_first(*arguments: Any) -> None:
+        if not arrived:
+            arrived.append(True)
+            arrive()
+        remove(*arguments)
+
+    with mock.patch.object(registry.Collector, "_each", arrive_first):
+        yield
+    if not arrived:
+        raise AssertionError("there was nothing to remove")
 
 
 def verify(store: registry.Store, *, repair: bool = False, force: bool = False) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ class Ledger:
         self.forks: list[Ledger] = []  # of clients that act at the same time
         self.replies: list[Response] = []
         self._interrupted: Ledger | None = None
-        self._check: Callable[[Ledger], None] = lambda _ledger: None
+        self._check: Callable[[], None] = lambda: None
 
     def fork(self) -> Ledger:
         number = len(self.forks)
@@ -66,7 +66,7 @@ class Ledger:
         self.forks.append(fork)
         return fork
 
-    def again(self, check: Callable[[Ledger], None]) -> Ledger:
+    def again(self, check: Callable[[], None]) -> Ledger:
         """For the same client when it had no answer in the end, and makes the same requests once more.
 
         Those that were answered are not made again: they get the same answers. check is called once the
@@ -88,7 +88,7 @@ class Ledger:
         repeated = self.repeating
         self.replies.append(reply)
         if repeated:
-            self._check(self)
+            self._check()
 
     @property
     def earlier_reply(self) -> Response | None:

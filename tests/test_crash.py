@@ -9,6 +9,7 @@ REGISTRY_CRASH_SWEEP=full tries every one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -284,7 +285,7 @@ class CrashTestCase(HTTPTestCase):
             for session in ledger.sessions:
                 self.assert_kept(kept, session)
             if case.scenario:  # the client makes the request that had no answer again, and goes on to the end
-                ledger = ledger.again(lambda repeated: self.assert_undamaged(store, repeated))
+                ledger = ledger.again(functools.partial(self.assert_undamaged, store, ledger))
                 case.scenario(Actor(kept, ledger))
             self.assertEqual(upkeep.verify(store), [])
             self.assert_acknowledged(kept, ledger)

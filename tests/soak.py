@@ -361,9 +361,10 @@ class Puller(Worker):
             raise Failure(f"{repository} serves {digest}, which nobody pushed there")
         self.pull_picture(picture)
         if picture.pinned:
+            children = picture.children  # before the request: what is pushed meanwhile need not be listed
             path = f"/v2/{repository}/referrers/{digest}"
             listed = self.expect(200, method="GET", path=path).json["manifests"]
-            if picture.children and [each["digest"] for each in listed] != [picture.children[0].digest]:
+            if children and [each["digest"] for each in listed] != [children[0].digest]:
                 raise Failure(f"referrers of {digest} are {listed}")
 
     def pull_picture(self, picture: Picture) -> None:

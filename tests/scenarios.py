@@ -26,8 +26,8 @@ from tests.support import (
 Facts = dict[str, Optional[bytes]]  # path -> what GET must answer; None: 404
 
 
-class Died(Exception):
-    """The registry ended before it replied."""
+class Interrupted(Exception):
+    """The registry ended before it replied, or replied that it cannot."""
 
 
 class Session:
@@ -35,6 +35,7 @@ class Session:
 
     def __init__(self, content: bytes, algorithm: str = "sha256") -> None:
         self.content = content
+        self.algorithm = algorithm
         self.digest = digest_of(content, algorithm)
         self.location = ""
         self.acknowledged = 0
@@ -51,13 +52,29 @@ class Ledger:
 
     def __init__(self, facts: Facts) -> None:
         self.known = dict(facts)
+        self._before = facts
         self.pending: Facts = {}
         self.sessions: list[Session] = []
         self.forks: list[Ledger] = []  # of clients that act at the same time
+        self.replies: list[Response] = []
+        self._interrupted: Ledger | None = None
+        self._check: Callable[[], None] = lambda: None
 
     def fork(self) -> Ledger:
-        self.forks.append(Ledger({}))
-        return self.forks[-1]
+        number = len(self.forks)
+        fork = self._interrupted.forks[number].again(self._check) if self._interrupted else Ledger({})
+        self.forks.append(fork)
+        return fork
+
+    def again(self, check: Callable[[], None]) -> Ledger:
+        """For the same client when it had no answer in the end, and makes the same requests once more.
+
+        Those that were answered are not made again: they get the same answers. check is called once the
+        first of the others has been answered, before the client goes on.
+        """
+        ledger = Ledger(self._before)
+        ledger._interrupted, ledger._check = self, check
+        return ledger
 
     @contextlib.contextmanager
     def change(self, facts: Facts) -> Iterator[None]:
@@ -67,30 +84,76 @@ class Ledger:
         self.known.update(facts)
         self.pending = {}
 
+    def answered(self, reply: Response) -> None:
+        repeated = self.repeating
+        self.replies.append(reply)
+        if repeated:
+            self._check()
+
+    @property
+    def earlier_reply(self) -> Response | None:
+        """To the next request, when it was made before it came to the interruption."""
+        earlier = self._interrupted.replies if self._interrupted else []
+        return earlier[len(self.replies)] if len(self.replies) < len(earlier) else None
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the next request is the one that was interrupted: it may have been done already."""
+        return self._interrupted is not None and len(self.replies) == len(self._interrupted.replies)
+
+    @property
+    def touched(self) -> set[str]:
+        """The digests of all that the requests were about."""
+        paths = {path for path in (*self.known, *self.pending) if "/blobs/" in path}
+        digests = {path.rpartition("/")[2] for path in paths} | {each.digest for each in self.sessions}
+        return digests.union(*(fork.touched for fork in self.forks))
+
+    @property
+    def unsettled(self) -> set[str]:
+        """The digests of what requests without an answer were about."""
+        digests = {path.rpartition("/")[2] for path in self.pending if "/blobs/" in path}
+        return digests.union(*(fork.unsettled for fork in self.forks))
+
 
 class Actor:
     """One client in one repository. Every request must be answered as expected, or not at all."""
 
-    def __init__(self, client: Client, ledger: Ledger, *, again: bool = False) -> None:
-        """again: this was tried before and cut short, so that a thing to delete may be gone already."""
+    def __init__(self, client: Client, ledger: Ledger) -> None:
         self.client = client
         self.ledger = ledger
-        self.again = again
 
     def at(self, repository: str) -> Actor:
-        other = Actor(self.client, self.ledger, again=self.again)
-        other.client = self.client.at(repository)
-        return other
+        return Actor(self.client.at(repository), self.ledger)
 
-    def request(self, status: int, method: str, path: str, body: Any = None, headers: Any = ()) -> Response:
-        statuses = (status, 404) if self.again and method == "DELETE" else (status,)
+    def request(
+        self,
+        status: int,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Any = (),
+        *,
+        also: Iterable[int] = (),
+        repeated: Iterable[int] = (),
+    ) -> Response:
+        """also: other statuses that will do. repeated: those that will if it may have been done already."""
+        reply = self.ledger.earlier_reply
+        if reply is None:
+            statuses = (status, *also, *(repeated if self.ledger.repeating else ()))
+            reply = self._ask(method, path, body, headers)
+            if reply.status not in statuses:
+                raise AssertionError(f"expected {statuses}: {reply}")
+        self.ledger.answered(reply)
+        return reply
+
+    def _ask(self, method: str, path: str, body: Any, headers: Any) -> Response:
         try:
-            response = self.client.request(method, path, body, headers)
+            reply = self.client.request(method, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
-            raise Died from error
-        if response.status not in statuses:
-            raise AssertionError(f"expected {status}: {response}")
-        return response
+            raise Interrupted from error
+        if reply.status >= 500:
+            raise Interrupted(str(reply))
+        return reply
 
     def path(self, kind: str, reference: str) -> str:
         return self.client.path(f"{kind}/{reference}")
@@ -112,39 +175,62 @@ class Actor:
     def open_session(self, content: bytes, algorithm: str = "sha256") -> Session:
         session = Session(content, algorithm)
         self.ledger.sessions.append(session)
-        hint = "" if algorithm == "sha256" else f"?digest-algorithm={algorithm}"
-        session.location = self.request(202, "POST", f"blobs/uploads/{hint}").headers["Location"]
+        self._start(session)
         return session
 
-    def append(self, session: Session, size: int, *, ranged: bool = False, chunked: bool = False) -> None:
-        start = session.acknowledged
-        piece = session.content[start : start + size]
-        session.sent = start + len(piece)
-        headers = {"Content-Range": f"{start}-{session.sent - 1}"} if ranged else {}
-        self.request(202, "PATCH", session.location, _pieces(piece) if chunked else piece, headers)
-        session.acknowledged = session.sent
+    def _start(self, session: Session) -> None:
+        hint = "" if session.algorithm == "sha256" else f"?digest-algorithm={session.algorithm}"
+        session.location = self.request(202, "POST", f"blobs/uploads/{hint}").headers["Location"]
+        session.acknowledged = 0
 
-    def finish(self, session: Session) -> None:
+    def append(self, session: Session, size: int, *, ranged: bool = False, chunked: bool = False) -> None:
+        """Without a range, a client that had no answer asks first how much has arrived."""
+        end = min(session.acknowledged + size, len(session.content))
+        session.sent = end
+        if self.ledger.repeating and not ranged:
+            session.acknowledged = offset(self.request(204, "GET", session.location))
+        while session.acknowledged < end:
+            start = session.acknowledged
+            piece = session.content[start:end]
+            headers = {"Content-Range": f"{start}-{end - 1}"} if ranged else {}
+            body = _pieces(piece) if chunked else piece
+            reply = self.request(202, "PATCH", session.location, body, headers, repeated=(416,))
+            session.acknowledged = offset(reply)
+            if reply.status == 202 and session.acknowledged != end:
+                raise AssertionError(f"expected {end} bytes: {reply}")
+
+    def finish(self, session: Session, *, ranged: bool = False) -> None:
         """Send the rest with the digest."""
-        rest = session.content[session.acknowledged :]
-        session.sent, session.closing = len(session.content), True
         with self.ledger.change({self.path("blobs", session.digest): session.content}):
-            self.request(201, "PUT", with_digest(session.location, session.digest), rest)
-        self.ledger.sessions.remove(session)
+            self._close(session, session.digest, 201, ranged=ranged)
 
     def finish_wrong(self, session: Session) -> None:
         """Finish with the digest of something else, which ends the session and makes no blob."""
-        session.sent, session.closing = len(session.content), True
         absent = digest_of(b"not " + session.content)
-        for digest in [absent] if self.again else [absent, session.digest]:
+        for digest in (absent, session.digest):
             self.ledger.known[self.path("blobs", digest)] = None
-        rest = session.content[session.acknowledged :]
-        self.request(400, "PUT", with_digest(session.location, absent), rest)
-        self.ledger.sessions.remove(session)
+        self._close(session, absent, 400)
+
+    def _close(self, session: Session, digest: str, status: int, *, ranged: bool = False) -> None:
+        """Made again, this may find the session over, or add its bytes twice: clients then start anew."""
+        start, size = session.acknowledged, len(session.content)
+        session.sent, session.closing = size, True
+        path, rest = with_digest(session.location, digest), session.content[start:]
+        headers = {"Content-Range": f"{start}-{size - 1}"} if ranged and rest else {}
+        repeated = (404, 416 if headers else 400) if rest else (404,)
+        reply = self.request(status, "PUT", path, rest, headers, repeated=repeated)
+        if reply.status == status:
+            self.ledger.sessions.remove(session)
+        elif reply.status == 416:
+            session.acknowledged = offset(reply)
+            self._close(session, digest, status)
+        else:
+            self._start(session)
+            self._close(session, digest, status)
 
     def cancel(self, session: Session) -> None:
         session.closing = True
-        self.request(204, "DELETE", session.location)
+        self.request(204, "DELETE", session.location, repeated=(404,))
         self.ledger.sessions.remove(session)
 
     def mount(self, content: bytes, source: str) -> None:
@@ -154,7 +240,7 @@ class Actor:
 
     def delete_blob(self, content: bytes) -> None:
         with self.ledger.change({self.path("blobs", digest_of(content)): None}):
-            self.request(202, "DELETE", f"blobs/{digest_of(content)}")
+            self.request(202, "DELETE", f"blobs/{digest_of(content)}", repeated=(404,))
 
     # --- Manifests
 
@@ -174,24 +260,26 @@ class Actor:
     def push(self, image: Image, tag: str = "", tags: Iterable[str] = ()) -> None:
         """As clients do: ask for each blob, send it if it is not there, then the manifest."""
         for content in image.blobs:
-            try:
-                present = self.client.head(f"blobs/{digest_of(content)}").status == 200
-            except (OSError, http.client.HTTPException) as error:
-                raise Died from error
-            if not present:
+            if self.request(200, "HEAD", f"blobs/{digest_of(content)}", also=(404,)).status == 404:
                 self.post_blob(content)
         self.put(image.body, tag, tags)
 
     def delete_tag(self, tag: str) -> None:
         with self.ledger.change({self.path("manifests", tag): None}):
-            self.request(202, "DELETE", f"manifests/{tag}")
+            self.request(202, "DELETE", f"manifests/{tag}", repeated=(404,))
 
     def delete_manifest(self, manifest: bytes, tags: Iterable[str] = ()) -> None:
         """`tags`: those that point at it and go with it."""
         digest = digest_of(manifest)
         gone: Facts = {self.path("manifests", name): None for name in (digest, *tags)}
         with self.ledger.change({**gone, self.path("blobs", digest): None}):
-            self.request(202, "DELETE", f"manifests/{digest}")
+            self.request(202, "DELETE", f"manifests/{digest}", repeated=(404,))
+
+
+def offset(reply: Response) -> int:
+    """How many bytes an upload session has, as its Range says: 0-0 is taken for none."""
+    last = int(reply.headers["Range"].partition("-")[2])
+    return last + 1 if last else 0
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:
@@ -285,6 +373,12 @@ def ranged_patches(actor: Actor) -> None:
     for _ in range(3):
         actor.append(session, 800, ranged=True)
     actor.finish(session)
+
+
+def last_bytes_with_range(actor: Actor) -> None:
+    session = actor.open_session(content("new"))
+    actor.append(session, 1500, ranged=True)
+    actor.finish(session, ranged=True)
 
 
 def sha512_session(actor: Actor) -> None:
@@ -389,21 +483,18 @@ def last_blob_of_repository_deleted(actor: Actor) -> None:
 
 def pushes_at_once(actor: Actor) -> None:
     """Four clients, each in a repository of its own, whose requests may share what they wait for."""
-    actors = [
-        Actor(actor.client.at(f"team/{number}"), actor.ledger.fork(), again=actor.again)
-        for number in range(4)
-    ]
+    actors = [Actor(actor.client.at(f"team/{number}"), actor.ledger.fork()) for number in range(4)]
 
     def push(number: int) -> Exception | None:
         try:
             actors[number].push(image(f"of client {number}", SHARED), "v1")
-        except Died as error:
+        except Interrupted as error:
             return error
         return None
 
     deaths = run_at_once(*(functools.partial(push, number) for number in range(4)))
     if any(deaths):
-        raise Died
+        raise Interrupted
 
 
 UPLOADS: tuple[Scenario, ...] = (
@@ -416,6 +507,7 @@ UPLOADS: tuple[Scenario, ...] = (
     post_patch_put,
     streamed_patch,
     ranged_patches,
+    last_bytes_with_range,
     sha512_session,
     session_wrong_digest,
     cancelled_session,

@@ -361,9 +361,10 @@ class Puller(Worker):
             raise Failure(f"{repository} serves {digest}, which nobody pushed there")
         self.pull_picture(picture)
         if picture.pinned:
+            children = picture.children  # before the request: what is pushed meanwhile need not be listed
             path = f"/v2/{repository}/referrers/{digest}"
             listed = self.expect(200, method="GET", path=path).json["manifests"]
-            if picture.children and [each["digest"] for each in listed] != [picture.children[0].digest]:
+            if children and [each["digest"] for each in listed] != [children[0].digest]:
                 raise Failure(f"referrers of {digest} are {listed}")
 
     def pull_picture(self, picture: Picture) -> None:
@@ -409,6 +410,33 @@ class Deleter(Worker):
         self.expect(201, method="POST", path=f"{path}/uploads/?digest={digest}", body=content)
         if self.random.random() < 0.5:
             self.expect(202, method="DELETE", path=f"{path}/{digest}")
+
+
+class Forger(Worker):
+    """Sends good and evil bytes of one size to an upload session, by any daemon; some are refused."""
+
+    def turn(self) -> None:
+        time.sleep(0.02)  # so that pushers stay ahead
+        good = self.random.randbytes(self.random.choice((10, 1000, 100_000)))
+        repository = self.random.choice(REPOSITORIES)
+        session = self.expect(202, method="POST", path=f"/v2/{repository}/blobs/uploads/")
+        location, digest, content = session.headers["Location"], digest_of(good), b""
+        while len(content) < len(good):
+            piece = self.random.choice((good, good, good[::-1]))[len(content) :]
+            piece = piece[: self.random.choice((len(piece), len(piece) // 2 + 1))]
+            refused = self.random.random() < 0.5
+            last = len(content) + len(piece) - (0 if refused else 1)
+            headers = {"Content-Range": f"{len(content)}-{last}"}
+            status = 400 if refused else 202
+            self.expect(status, method="PATCH", path=location, body=iter([piece]), headers=headers)
+            content += b"" if refused else piece
+        right = content == good
+        self.expect(201 if right else 400, method="PUT", path=with_digest(location, digest))
+        path = f"/v2/{repository}/blobs/{digest}"
+        blob = self.expect(200 if right else 404, method="GET", path=path)
+        if right and blob.body != good:
+            raise Failure(f"wrong bytes: {blob}")
+        self.soak.count("forgeries" if not right else "uploads among forgeries")
 
 
 class Vandal(Worker):
@@ -514,7 +542,7 @@ def run(options: argparse.Namespace, data: str) -> Soak:
             daemon.client.expect(200, "GET", "/v2/")
         before = [quiet_resources(daemon) for daemon in daemons]
         workers: list[Worker] = [kind(soak, n) for kind in (Pusher, Puller) for n in range(8)]
-        workers += [Deleter(soak, 0), Deleter(soak, 1), Vandal(soak, 0)]
+        workers += [Deleter(soak, 0), Deleter(soak, 1), Forger(soak, 0), Forger(soak, 1), Vandal(soak, 0)]
         workers += [Collector(soak, 0)] if options.collector == "command" else []
         for worker in workers:
             worker.start()

@@ -1,4 +1,7 @@
-"""The durable steps of the registry, seen from outside: every change of a file, a name or the database."""
+"""The durable steps of the registry, seen from outside: every change of a file, a name or the database.
+
+So are the beginnings of transactions, and replies: what came before one is done and not acknowledged.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import sqlite3
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple
@@ -15,8 +19,10 @@ from unittest import mock
 import registry
 
 KINDS = (
-    "create write half-write truncate sync rename link unlink mkdir rmdir copy utime commit autocommit"
+    "create write half-write truncate sync rename link unlink mkdir rmdir copy utime"
+    " begin commit autocommit reply"
 ).split()
+DATABASE = ("begin", "commit", "autocommit")  # steps at which SQLite may say that another has its lock
 
 
 class Step(NamedTuple):
@@ -25,7 +31,7 @@ class Step(NamedTuple):
     kind: str  # one of KINDS
     target: Any = None
     source: Any = None  # of a rename or link: the path that is there already
-    database: sqlite3.Connection | None = None  # of a commit, its transaction still open
+    database: sqlite3.Connection | None = None  # of a begin or commit; the transaction is still open
 
 
 Observer = Callable[[Step], None]
@@ -45,6 +51,8 @@ def observed(observer: Observer, *, real_sync: bool = True) -> Iterator[None]:
         _patch(stack, "open", _before_os_open(observer))
         stack.enter_context(mock.patch.object(registry, "open", _before_open(observer), create=True))
         stack.enter_context(mock.patch.object(sqlite3, "connect", _before_commit(observer)))
+        send = _before_path(observer, "reply", socket.socket.sendall)
+        stack.enter_context(mock.patch.object(socket.socket, "sendall", send))
         yield
 
 
@@ -134,7 +142,7 @@ _WRITING = re.compile(
 
 
 def _before_commit(observer: Observer) -> Any:
-    """A sqlite3.connect whose connections are observed when they commit."""
+    """A sqlite3.connect whose connections are observed when they begin to write, and commit."""
     connect = sqlite3.connect
 
     class ObservedConnection(sqlite3.Connection):
@@ -157,6 +165,8 @@ def _before_commit(observer: Observer) -> Any:
         def _observe(self, sql: str) -> None:
             if sql.strip().upper().startswith(("COMMIT", "END")):
                 observer(Step("commit", database=self))
+            elif re.match(r"\s*BEGIN\s+(IMMEDIATE|EXCLUSIVE)", sql, re.IGNORECASE):
+                observer(Step("begin", database=self))
             elif not self.in_transaction and _WRITING.match(sql):
                 observer(Step("autocommit", database=self))
 

@@ -1205,10 +1205,8 @@ class Store:
 
     def backup(self, path: str) -> None:
         """Copy the database to a file, beside whoever writes to it."""
-        with (
-            contextlib.closing(sqlite3.connect(path)) as copy,
-            contextlib.closing(self._database.connect()) as source,
-        ):
+        source = self._database.connect()
+        with contextlib.closing(source), contextlib.closing(sqlite3.connect(path)) as copy:
             source.backup(copy)
 
     @contextlib.contextmanager

@@ -410,7 +410,7 @@ class TakingTurnsTest(ConcurrencyTestCase):
 
     def test_what_is_remembered_of_sessions_is_bounded(self) -> None:
         store, kept = self.registry.store, []
-        with mock.patch.object(registry, "LOOKUP_LIMIT", 4):
+        with mock.patch.object(registry, "HASH_LIMIT", 4):
             locations = [self.client.open_upload() for _ in range(10)]
             for location in locations:
                 self.assert_status(self.client.patch(location, self.good), 202)

@@ -197,7 +197,7 @@ class UnremovableFiles(RegistryTestCase):
         with self.stuck(stuck):
             for digest in (stuck, others[0]):
                 self.client.expect(202, "DELETE", f"blobs/{digest}")
-            upkeep.leases_told(self.data.path, upkeep.DAY, others[1])
+            upkeep.leases_told(self.data.path, 3 * upkeep.DAY, others[1])
             upkeep.collect(self.registry.store)
             with Registry(self.data.path) as restarted:
                 here = Client(restarted.netloc, self.client.repository)

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import sqlite3
@@ -655,10 +656,17 @@ class ClientGoneTest(UploadTestCase):
 class FailedCommitTest(UploadTestCase):
     """The bytes have been renamed into place, and then something comes in between."""
 
-    def finish_and_fail(self, location: str, content: bytes) -> None:
-        """A PUT whose transaction fails, as when the database has been locked for too long."""
-        locked = sqlite3.OperationalError("database is locked")
-        failing = mock.patch.object(self.registry.store, "transaction", side_effect=locked)
+    def finish_and_fail(self, location: str, content: bytes, *, for_long: bool = False) -> None:
+        """A PUT whose transaction fails, the database being locked; for_long: and the one after it too."""
+        locked, transaction = sqlite3.OperationalError("database is locked"), self.registry.store.transaction
+        outcomes = itertools.chain([locked], itertools.repeat(locked if for_long else None))
+
+        def fail(**options: Any) -> Any:
+            if error := next(outcomes):
+                raise error
+            return transaction(**options)
+
+        failing = mock.patch.object(self.registry.store, "transaction", fail)
         with failing, contextlib.redirect_stderr(io.StringIO()):
             response = self.client.put(with_digest(location, digest_of(content)), content)
         self.assert_error(response, 503)
@@ -676,9 +684,7 @@ class FailedCommitTest(UploadTestCase):
 
     def test_where_the_database_stays_locked_the_push_fails_and_the_next_one_is_whole(self) -> None:
         content = unique()
-        locked = sqlite3.OperationalError("database is locked")
-        with mock.patch.object(self.registry.store, "exclusive", side_effect=locked):
-            self.finish_and_fail(self.client.open_upload(), content)
+        self.finish_and_fail(self.client.open_upload(), content, for_long=True)
         self.assertNotIn(digest_of(content), self.data.recorded())
         self.finish(self.client.open_upload(), content, content)
         self.assert_consistent()

@@ -4543,30 +4543,15 @@ def policy_of(options: argparse.Namespace) -> Policy:
     return Policy(options.grace, options.untagged_after, options.keep_last, options.max_size)
 
 
-def parse_port(text: str) -> int:
-    """A port number, 0 for a free one."""
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError(text)
-    return port
-
-
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, shortest: float = 0.0) -> float:
     """Seconds, from a number with s, m, h or d behind it."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write one like 30s, 5m, 1h or 7d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def parse_grace(text: str) -> float:
-    """A duration that is long enough for a push to end."""
-    grace = parse_duration(text)
-    if grace < SHORTEST_GRACE:
-        raise argparse.ArgumentTypeError(
-            f"{text} is too short for a push; take {SHORTEST_GRACE:.0f}s or more"
-        )
-    return grace
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if seconds < shortest:
+        raise argparse.ArgumentTypeError(f"{text} is too short for a push; take {shortest:.0f}s or more")
+    return seconds
 
 
 def parse_size(text: str) -> int:
@@ -4577,116 +4562,103 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def parse_count_option(text: str) -> int:
-    """A number of things, none being allowed."""
-    if not (text.isascii() and text.isdigit()) or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, or too large")
+def parse_number(text: str, least: int = 0, most: int = 10**9) -> int:
+    """A whole number within bounds."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
     return int(text)
 
 
-def parse_positive(text: str) -> int:
-    """A number of things, at least one."""
-    number = parse_count_option(text)
-    if not number:
-        raise argparse.ArgumentTypeError("it takes at least one")
-    return number
-
-
-# Options: flag, what --help says of it, and what argparse makes of it.
 # fmt: off
-DATA_OPTION = ("--data", "data directory", {"default": "./data", "metavar": "DIR"})
-POLICY_OPTIONS = (
-    ("--untagged-after", "remove manifests that have been without a tag for so long, such as 7d; else never",
-        {"type": parse_duration, "metavar": "AGE"}),
-    ("--keep-last", "but keep the newest N untagged images of each repository",
-        {"type": parse_count_option, "default": 0, "metavar": "N"}),
-    ("--grace", "leave alone what a client pushed or asked for so recently",
-        {"type": parse_grace, "default": "1h", "metavar": "AGE"}),
-    ("--max-size", "remove the least recently pulled images while the store is larger, such as 50G",
-        {"type": parse_size, "metavar": "SIZE"}),
-)
-SERVE_OPTIONS = (
-    DATA_OPTION,
-    ("--host", "address to listen on", {"default": "127.0.0.1", "metavar": "HOST"}),
-    ("--port", "port to listen on, 0 for a free one",
-        {"type": parse_port, "default": 5000, "metavar": "PORT"}),
-    ("--workers", "serve with so many processes, for more than one core's worth",
-        {"type": parse_positive, "default": 1, "metavar": "N"}),
-    ("--max-connections", "serve so many clients at once, for each process",
-        {"type": parse_positive, "default": MAX_CONNECTIONS, "metavar": "N"}),
-    ("--read-only", "serve pulls only; the disk may be read-only", {"action": "store_true"}),
-    ("--sparse", "accept manifests whose layers or children are absent", {"action": "store_true"}),
-    ("--no-sync", "do not wait for the disk: faster, and a power cut may lose or damage what was pushed",
-        {"action": "store_true"}),
-    ("--max-blob-size", "refuse larger blobs", {"type": parse_size, "metavar": "SIZE"}),
-    ("--min-free", "refuse pushes that would leave less of the disk free",
-        {"type": parse_size, "default": "64M", "metavar": "SIZE"}),
-    ("--gc-interval", "collect garbage so often, 0 for never",
-        {"type": parse_duration, "default": "1h", "metavar": "AGE"}),
-    *POLICY_OPTIONS,
-    ("--users", "let only the users of this htpasswd file in; see the command passwd", {"metavar": "FILE"}),
-    ("--grants", "what they may do: lines of who, repositories, actions", {"metavar": "FILE"}),
-    ("--anonymous-pull", "let everybody pull", {"action": "store_true"}),
-    ("--trusted-proxy", "believe the X-Forwarded headers of this address or network; may be repeated",
-        {"action": "append", "dest": "trusted_proxies", "default": [], "metavar": "ADDR"}),
-    ("--public-url", "how clients reach this registry, if a proxy does not say", {"metavar": "URL"}),
-    ("--tls-cert", "serve HTTPS with this certificate chain (PEM)", {"metavar": "FILE"}),
-    ("--tls-key", "its private key, if that is in another file", {"metavar": "FILE"}),
-    ("--quiet", "no access log on standard error", {"action": "store_true"}),
-)
-COMMANDS = (
-    ("gc", command_gc, "remove what nothing needs any more", (
-        DATA_OPTION,
-        ("--dry-run", "only say what would be removed, from a copy of the database in a temporary directory",
-            {"action": "store_true"}),
-        ("--all", "also remove files that a crash left under blobs/, as the daemon does daily",
-            {"action": "store_true"}),
-        *POLICY_OPTIONS,
-    )),
-    ("verify", command_verify, "check every file and every row", (
-        DATA_OPTION,
-        ("--repair", "move damaged files aside so that clients push them again", {"action": "store_true"}),
-        ("--force", "repair even when most files are missing", {"action": "store_true"}),
-    )),
-    ("passwd", command_passwd, "set a user's password", (
-        ("name", "the user", {"metavar": "NAME"}),
-        ("--users", "the htpasswd file, made if missing", {"required": True, "metavar": "FILE"}),
-        ("--delete", "remove the user instead", {"action": "store_true"}),
-    )),
-)
-# fmt: on
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """What serving and gc have in common."""
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="data directory (default: ./data)")
+    add("--untagged-after", metavar="AGE", type=parse_duration,
+        help="remove manifests that have been without a tag for so long, such as 7d; else never")
+    add("--keep-last", metavar="N", type=parse_number,
+        help="but keep the newest N untagged images of each repository")
+    add("--grace", metavar="AGE", type=functools.partial(parse_duration, shortest=SHORTEST_GRACE),
+        help="leave alone what a client pushed or asked for so recently (default: 1h)")
+    add("--max-size", metavar="SIZE", type=parse_size,
+        help="remove the least recently pulled images while the store is larger, such as 50G")
 
 
-Option = tuple[str, str, dict[str, Any]]
-
-
-def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
-    """Give a parser some of the options above."""
-    for flag, text, settings in options:
-        default = f" (default: {settings['default']})" if settings.get("default") else ""
-        parser.add_argument(flag, help=text + default, **settings)
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how to serve, and whom."""
+    add, positive = parser.add_argument, functools.partial(parse_number, least=1)
+    add("--host", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
+    add("--port", metavar="PORT", type=functools.partial(parse_number, most=65535),
+        help="port to listen on, 0 for a free one (default: 5000)")
+    add("--workers", metavar="N", type=positive,
+        help="serve with so many processes, for more than one core's worth (default: 1)")
+    add("--max-connections", metavar="N", type=positive,
+        help=f"serve so many clients at once, for each process (default: {MAX_CONNECTIONS})")
+    add("--read-only", action="store_true", help="serve pulls only; the disk may be read-only")
+    add("--sparse", action="store_true", help="accept manifests whose layers or children are absent")
+    add("--no-sync", action="store_true",
+        help="do not wait for the disk: faster, and a power cut may lose or damage what was pushed")
+    add("--max-blob-size", metavar="SIZE", type=parse_size, help="refuse larger blobs")
+    add("--min-free", metavar="SIZE", type=parse_size,
+        help="refuse pushes that would leave less of the disk free (default: 64M)")
+    add("--gc-interval", metavar="AGE", type=parse_duration,
+        help="collect garbage so often, 0 for never (default: 1h)")
+    add("--users", metavar="FILE", help="let only the users of this htpasswd file in; see the command passwd")
+    add("--grants", metavar="FILE", help="what they may do: lines of who, repositories, actions")
+    add("--anonymous-pull", action="store_true", help="let everybody pull")
+    add("--trusted-proxy", metavar="ADDR", action="append", dest="trusted_proxies",
+        help="believe the X-Forwarded headers of this address or network; may be repeated")
+    add("--public-url", metavar="URL", help="how clients reach this registry, if a proxy does not say")
+    add("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
+    add("--tls-key", metavar="FILE", help="its private key, if that is in another file")
+    add("--quiet", action="store_true", help="no access log on standard error")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: serving, and the other commands as subcommands beside it."""
+    """The command line: serving, and the other commands as subcommands beside it.
+
+    Only what is given becomes an attribute, so that what stands before a command holds for it too; the
+    defaults are set once, at the end.
+    """
+    common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(
-        prog="registry.py",
-        description="A container registry. Without a command, it serves.",
-        allow_abbrev=False,
+        prog="registry.py", description="A container registry. Without a command, it serves.", **common
     )
-    parser.set_defaults(command=command_serve)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    add_options(parser, SERVE_OPTIONS)
+    add_policy_options(parser)
+    add_serve_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, command, text, options in COMMANDS:
-        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    def add_command(command: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        name = command.__name__.replace("command_", "")
+        subparser = commands.add_parser(name, help=text, description=text, **common)
         subparser.set_defaults(command=command)
-        add_options(subparser, options)
-        shared = {option[0] for option in SERVE_OPTIONS} & {option[0] for option in options}
-        for action in subparser._actions:
-            if shared & set(action.option_strings) and not action.required:
-                action.default = argparse.SUPPRESS  # what stands before the command holds, then
+        return subparser
+
+    gc = add_command(command_gc, "remove what nothing needs any more")
+    add_policy_options(gc)
+    gc.add_argument("--dry-run", action="store_true",
+        help="only say what would be removed, from a copy of the database in a temporary directory")
+    gc.add_argument("--all", action="store_true",
+        help="also remove files that a crash left under blobs/, as the daemon does daily")
+    verify = add_command(command_verify, "check every file and every row")
+    verify.add_argument("--data", metavar="DIR", help="data directory (default: ./data)")
+    verify.add_argument("--repair", action="store_true",
+        help="move damaged files aside so that clients push them again")
+    verify.add_argument("--force", action="store_true", help="repair even when most files are missing")
+    passwd = add_command(command_passwd, "set a user's password")
+    passwd.add_argument("name", metavar="NAME", help="the user")
+    passwd.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file, made if missing")
+    passwd.add_argument("--delete", action="store_true", help="remove the user instead")
+    parser.set_defaults(
+        command=command_serve, data="./data", host="127.0.0.1", port=5000, workers=1,
+        max_connections=MAX_CONNECTIONS, read_only=False, sparse=False, no_sync=False, max_blob_size=None,
+        min_free="64M", gc_interval="1h", untagged_after=None, keep_last=0, grace="1h", max_size=None,
+        users=None, grants=None, anonymous_pull=False, trusted_proxies=[], public_url=None, tls_cert=None,
+        tls_key=None, quiet=False, dry_run=False, all=False, repair=False, force=False, delete=False,
+    )
     return parser
+# fmt: on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -178,7 +178,7 @@ CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roug
 BATCH = 100  # rows that maintenance changes under one write lock
 CHOICE = 1_000  # rows that it reads at a time
 DROP_LIMIT = 1_000  # manifests that go with one that kept them
-PUSH_PAUSE = 60.0  # seconds between two layers of one push
+PUSH_PAUSE = 60  # seconds that may pass in a push between one layer and the next
 CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
 REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
@@ -193,7 +193,8 @@ MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the sl
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-# A file under uploads/. A session's id says what its bytes are hashed with and, hashed, whose it is.
+# A file under uploads/. A session's id says when it began, what its bytes are hashed with and, hashed, whose
+# it is.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
@@ -532,6 +533,11 @@ def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memo
             last.result()
 
 
+def began_at(session: str) -> int:
+    """The second in which an upload session began, as its id says."""
+    return int(session[:8], 16)
+
+
 def hashed_name(name: str) -> str:
     """What stands for a repository in the names of its upload sessions."""
     return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
@@ -861,7 +867,7 @@ class Files:
         """A new upload, locked: a session of a repository, or one that ends with this request."""
         owner = f"-{algorithm}-{hashed_name(repository)}" if repository else ""
         for _ in range(10):
-            path = f"{self.root}/uploads/{secrets.token_hex(16)}{owner}"
+            path = f"{self.root}/uploads/{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
             with contextlib.suppress(FileNotFoundError):
                 return UploadFile(path, algorithm, self.check_space, create=True)
             with contextlib.suppress(FileExistsError):  # expire_uploads was there before the lock
@@ -1526,7 +1532,14 @@ class Store:
         Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
         """
         with self._placed(upload, digest) as db:
-            self._link(db, name, digest, upload.size)
+            repository = self._link(db, name, digest, upload.size)
+            now, began = int(time.time()), began_at(upload.id)
+            if now - began >= LEASE_SLACK:  # the rest of a push that takes its time is needed as long
+                db.execute(
+                    "UPDATE repository_blobs SET leased_at = ?"
+                    " WHERE needed_by = 0 AND leased_at >= ? AND +repository_id = ?",  # + lets leased_at lead
+                    (now, began - PUSH_PAUSE, repository),
+                )
 
     def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
         """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request.
@@ -1552,14 +1565,15 @@ class Store:
         """Whether nobody comes back to an upload that is not locked. Its time may be a wrong clock's."""
         return "-" not in session or abs(time.time() - status.st_mtime) > lifetime
 
-    def pushed_to(self, since: float) -> set[str]:
-        """The repositories with upload sessions that were written to since then, as hashed_name has them."""
-        recent = set()
+    def pushes_since(self, since: float) -> dict[str, int]:
+        """When the oldest upload written to since then began, by the hashed name of its repository."""
+        began: dict[str, int] = {}
         for entry in self.files.uploads():
             with contextlib.suppress(FileNotFoundError):
                 if "-" in entry.name and entry.stat(follow_symlinks=False).st_mtime >= since:
-                    recent.add(entry.name.rpartition("-")[2])
-        return recent
+                    owner = entry.name.rpartition("-")[2]
+                    began[owner] = min(began_at(entry.name), began.get(owner, sys.maxsize))
+        return began
 
     # --- Manifests
 
@@ -1833,15 +1847,7 @@ class Collector:
         now = time.time()
         slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
         self._leased_before = int(now - policy.grace - slack)
-        self._pushing: set[int | str] = set()  # repositories that a push is under way to
-        if policy.grace:
-            recently = now - min(PUSH_PAUSE, policy.grace)
-            sql = (
-                "SELECT DISTINCT repository_id FROM repository_blobs"
-                " WHERE needed_by = 0 AND leased_at BETWEEN ? AND ?"
-            )
-            self._pushing.update(*store.query(sql, int(recently), now + CLOCK_SLACK))
-            self._pushing |= store.pushed_to(now - policy.grace)
+        self._pushes = store.pushes_since(now - policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
         self._needed_size = 0  # bytes that manifests need, in _shrink
         self._counts = {"manifest": 0, "blob": 0, "file": 0}
@@ -1929,13 +1935,12 @@ class Collector:
         while rows := self._choose(sql, now + CLOCK_SLACK, manifests, now + CLOCK_SLACK):
             self._each(iter(rows), mend)
 
-    def _relied_on(self, repository: int, _digest: str, name: str) -> int:
+    def _relied_on(self, _repository: int, _digest: str, name: str) -> int:
         """The second since when clients may rely on what they were told of a repository.
 
-        A push may take longer than the grace. As long as one is under way, it may need what came first.
+        A push may take longer than the grace: what came since its upload began, or shortly before, it needs.
         """
-        pushing = repository in self._pushing or hashed_name(name) in self._pushing
-        return self._leased_before - int(UPLOAD_LIFETIME if pushing else 0)
+        return min(self._leased_before, self._pushes.get(hashed_name(name), sys.maxsize) - PUSH_PAUSE)
 
     def _drop_untagged(self, age: float) -> None:
         """Drop untagged manifests that nothing keeps, but the newest images."""

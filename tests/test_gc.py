@@ -688,33 +688,38 @@ class PushUnderWay(CollectionTestCase):
         upkeep.collect(self.registry.store)
         self.assertEqual(self.data.links(digest_of(self.layer)), [])
 
-    def let_session_rest(self, seconds: float) -> None:
-        (session,) = self.data.unfinished()
-        written = time.time() - seconds
-        os.utime(self.data.path / "uploads" / session, (written, written))
+    def open_upload(self, began: float, written: float) -> str:
+        """A session that began, and was last written to, so many seconds ago."""
+        with mock.patch.object(registry.time, "time", return_value=time.time() - began):
+            location = self.client.open_upload()
+        path = self.data.path / "uploads" / location.rpartition("/")[2]
+        os.utime(path, (time.time() - written,) * 2)
+        return location
 
     def test_while_another_layer_comes(self) -> None:
-        self.client.open_upload()
-        self.let_session_rest(50 * MINUTE)
+        self.open_upload(2 * HOUR, written=50 * MINUTE)
         self.assert_spared()
-        self.let_session_rest(2 * HOUR)
+
+    def test_not_once_nothing_comes_any_more(self) -> None:
+        self.open_upload(2 * HOUR, written=61 * MINUTE)
         self.assert_collected()
 
-    def test_between_two_layers(self) -> None:
-        digest = self.client.push_blob(unique("next layer"))
-        self.assert_spared()
-        upkeep.leases_told(self.data.path, 2 * MINUTE, digest)
+    def test_not_what_was_there_long_before(self) -> None:
+        self.open_upload(2 * HOUR - 2 * MINUTE, written=0)
         self.assert_collected()
 
-    def test_but_not_for_longer_than_a_day(self) -> None:
-        self.client.open_upload()
-        upkeep.leases_told(self.data.path, DAY)
+    def test_nor_once_the_next_layer_has_come(self) -> None:
+        location = self.open_upload(2 * HOUR, written=0)
+        content = unique("next layer")
+        self.client.expect(201, "PUT", with_digest(location, digest_of(content)), content)
+        self.assert_spared()
+        upkeep.leases_told(self.data.path, 2 * HOUR)
         self.assert_collected()
 
     def test_untagged_children_of_an_index_to_come_stay_too(self) -> None:
         child = self.client.push_image()
         upkeep.everything(self.data.path, 2 * HOUR)
-        self.client.open_upload()
+        self.open_upload(2 * HOUR, written=0)
         upkeep.collect(self.registry.store, untagged_after=0)
         self.push_index(child.descriptor, tag="multi")
         self.assert_lives(child)

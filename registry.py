@@ -774,7 +774,11 @@ class Files:
             upload.unlink()
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.durable:
-            upload.sync()
+            try:
+                upload.sync()
+            except OSError:
+                upload.unlink()  # tried again, what the system dropped might count as written (see _sync_log)
+                raise
         target = self.path(digest)
         os.replace(upload.path, target)
         if self.durable:

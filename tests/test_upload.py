@@ -912,6 +912,19 @@ class DirectoryTest(HTTPTestCase):
         shutil.rmtree(self.data / "uploads")
         self.assert_error(client.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
         self.assert_error(client.patch(location, b"x"), 404, "BLOB_UPLOAD_UNKNOWN")
+        self.store.expire_uploads()
+        upkeep.collect(self.store)
+        self.assert_takes_uploads(client)
+
+    def test_bytes_that_could_not_be_synced_are_not_acknowledged_by_another_try(self) -> None:
+        client, content = self.start(), unique()
+        location = client.open_upload()
+        client.expect(202, "PATCH", location, content)
+        finish = with_digest(location, digest_of(content))
+        failing = mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "bad disk"))
+        with failing, contextlib.redirect_stderr(io.StringIO()):
+            self.assert_error(client.put(finish), 500)
+        self.assert_error(client.put(finish), 404, "BLOB_UPLOAD_UNKNOWN")
         self.assert_takes_uploads(client)
 
     def test_without_a_data_directory_a_push_fails_at_once(self) -> None:

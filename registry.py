@@ -4042,6 +4042,7 @@ def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
 
 
 _running: set[Registry] = set()  # those that are open in this process
+_inherited: set[str] = set()  # data directories that were open in another when this one was forked from it
 
 
 @dataclasses.dataclass(eq=False)
@@ -4135,6 +4136,10 @@ class Registry:
             ) from error
 
     def _check_options(self) -> None:
+        if self.data is not None and os.path.realpath(self.data) in _inherited:
+            raise StartupError(  # SQLite here would take the locks of the process it is a copy of for its own
+                f"{os.fspath(self.data)} was in use when this process was forked; start a process anew for it"
+            )
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
         if self.anonymous_pull and not self.users:
@@ -4243,6 +4248,7 @@ def _leave_to_parent() -> None:
     (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
     """
     for registry in _running:
+        _inherited.add(os.path.realpath(registry.store.files.root))
         registry.server.close_copies()
         registry._resources = contextlib.ExitStack()
     _running.clear()

@@ -2053,7 +2053,7 @@ class Collector:
 
         def drop(db: sqlite3.Connection, row: tuple[int, int, int, str, str]) -> None:
             before = self._leased_before
-            for kept in self._drop(db, row[2:], before, before, tagged=True):
+            for kept in self._drop(db, row[2:], before, self._relied_on(*row[2:]), tagged=True):
                 freed = db.execute(f"{sql} AND m.repository_id = ? AND m.digest = ?", (before, row[2], kept))
                 for each in freed:  # it may have been pulled before what is next
                     if each <= end:

@@ -711,6 +711,15 @@ class PushUnderWay(CollectionTestCase):
         upkeep.leases_told(self.data.path, DAY)
         self.assert_collected()
 
+    def test_what_an_image_dropped_for_its_size_leaves_behind(self) -> None:
+        digest = digest_of(self.layer)
+        self.client.push_manifest(encode(image_manifest(descriptor(self.layer, OCI_CONFIG))), "v1")
+        upkeep.everything(self.data.path, 2 * HOUR)
+        self.client.open_upload()
+        upkeep.collect(self.registry.store, max_size=0)
+        self.assert_error(self.client.get("manifests/v1"), 404)
+        self.assertEqual(self.data.links(digest), [self.client.repository])
+
     def test_untagged_children_of_an_index_to_come_stay_too(self) -> None:
         child = self.client.push_image()
         upkeep.everything(self.data.path, 2 * HOUR)

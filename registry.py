@@ -4197,8 +4197,8 @@ class Registry:
         due = [time.monotonic() + interval for interval, _ in jobs]
         if self.gc_interval:
             jobs.append((self.gc_interval, lambda: self._collect_garbage(stop)))
-            passed = min(max(0.0, time.time() - self.store.files.collected_at()), self.gc_interval)
-            due.append(time.monotonic() + self.gc_interval - passed)
+            passed = abs(time.time() - self.store.files.collected_at())  # its clock may have been ahead
+            due.append(time.monotonic() + max(0.0, self.gc_interval - passed))
         while not stop.wait(max(0.0, min(due) - time.monotonic())):
             number = due.index(min(due))
             interval, job = jobs[number]

@@ -1040,12 +1040,14 @@ class Housekeeping(unittest.TestCase):
             with registry.Registry(**options) as running:
                 Client(running.netloc, "daemon/image").push_blob(unique())
             first = os.stat(f"{data}/last-gc").st_mtime
-            upkeep.everything(Path(data), DAY)
-            os.utime(f"{data}/last-gc", (first - HOUR - 1, first - HOUR - 1))
-            with registry.Registry(**options) as running:
-                while "gc removed" not in lines.get(timeout=TIMEOUT):
-                    pass
-            self.assertGreaterEqual(os.stat(f"{data}/last-gc").st_mtime, first)
+            for last in (first - HOUR - 1, first + 900 * DAY):  # or so says a clock that was ahead
+                upkeep.everything(Path(data), DAY)
+                os.utime(f"{data}/last-gc", (last, last))
+                with registry.Registry(**options) as running:
+                    while "gc removed" not in lines.get(timeout=TIMEOUT):
+                        pass
+                    Client(running.netloc, "daemon/image").push_blob(unique())
+                self.assertLess(abs(os.stat(f"{data}/last-gc").st_mtime - first), HOUR)
 
     def test_it_walks_over_the_files_once_a_day(self) -> None:
         now = time.time()

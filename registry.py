@@ -813,7 +813,8 @@ class Files:
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
         for algorithm in ALGORITHMS:
-            with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
+            path = f"{self.root}/blobs/{algorithm}"  # a copy on other media may lack an empty one
+            with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
                 yield from filter(is_digest, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
@@ -889,9 +890,10 @@ class Files:
 
     def uploads(self) -> list[os.DirEntry[str]]:
         """All uploads under way or left behind; what else is in the directory is not ours."""
-        with os.scandir(f"{self.root}/uploads") as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.root}/uploads") as entries:
             found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
             return [entry for entry in found if entry.is_file(follow_symlinks=False)]
+        return []  # somebody has removed the directory
 
 
 class Cache:

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import registry
+from tests import upkeep
 from tests.support import (
     MALFORMED_DIGESTS,
     MEBIBYTE,

@@ -542,7 +542,8 @@ class UploadFile:
 
     The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
     descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
-    that a file is never open for writing once it is under blobs/.
+    that a file is never open for writing once it is under blobs/. But NFS takes no exclusive lock on one
+    that cannot write (flock(2)): there it can, and is not used for that.
     """
 
     _large = threading.BoundedSemaphore(LARGE_UPLOADS)
@@ -587,6 +588,11 @@ class UploadFile:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
+            except OSError as error:
+                if error.errno != errno.EBADF or self._file.writable():
+                    raise
+                self._file.close()
+                self._file = open(self.path, "rb+", buffering=0, opener=no_follow)  # noqa: SIM115
         if not os.path.samestat(self.status(), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import sqlite3
+import stat
 import tempfile
 import threading
 import time
@@ -927,6 +928,25 @@ class DirectoryTest(HTTPTestCase):
             self.assert_error(client.put(finish), 500)
         self.assert_error(client.put(finish), 404, "BLOB_UPLOAD_UNKNOWN")
         self.assert_takes_uploads(client)
+
+    def test_where_only_what_can_be_written_can_be_locked(self) -> None:
+        """As on NFS, says flock(2)."""
+        flock = fcntl.flock
+
+        def flock_on_nfs(file: Any, operation: int) -> None:
+            access = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+            is_file = stat.S_ISREG(os.stat(file if isinstance(file, int) else file.fileno()).st_mode)
+            if is_file and access == os.O_RDONLY and operation & fcntl.LOCK_EX:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            flock(file, operation)
+
+        with mock.patch.object(fcntl, "flock", flock_on_nfs):
+            client = self.start()
+            self.assert_takes_uploads(client)
+            location = client.open_upload()
+            with self.store.session("app", location.rpartition("/")[2]):
+                self.assert_error(client.patch(location, b"x"), 416)
+            self.assert_status(client.patch(location, b"x"), 202)
 
     def test_without_a_data_directory_a_push_fails_at_once(self) -> None:
         client = self.start()

@@ -2261,13 +2261,19 @@ class Verifier:
         return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
 
     def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
-        """Look again while nobody pushes or deletes: on a read-only medium nobody can anyway."""
-        files, damage = self._store.files, ""
+        """Look again, and see that it is still so while nobody pushes or deletes, who need not wait for more.
+
+        On a read-only medium nobody can anyway.
+        """
+        files, sql = self._store.files, "SELECT digest, size FROM blobs WHERE digest = ?"
+        path = files.path(digest)
+        state = file_state(path)
+        damage = "".join(map(self._examine, self._store.query(sql, digest)))
         with self._store.transaction(frees=True) as db:
-            row = self._store.query("SELECT digest, size FROM blobs WHERE digest = ?", digest)
-            if row:
-                damage = self._examine(row[0])
-            elif os.path.lexists(files.path(digest)) and not files.is_being_placed(digest):
+            row = self._store.query(sql, digest)
+            if not row or file_state(path) != state:  # pushed or deleted meanwhile
+                damage = ""
+            if not row and os.path.lexists(path) and not files.is_being_placed(digest):
                 pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
                 damage = "" if pending else "unreferenced"
             if damage and repair:

@@ -548,7 +548,8 @@ class UploadFile:
 
     The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
     descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
-    that a file is never open for writing once it is under blobs/.
+    that a file is never open for writing once it is under blobs/. But NFS takes no exclusive lock on one
+    that cannot write (flock(2)): there it can, and is not used for that.
     """
 
     _large = threading.BoundedSemaphore(LARGE_UPLOADS)
@@ -593,6 +594,11 @@ class UploadFile:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
+            except OSError as error:
+                if error.errno != errno.EBADF or self._file.writable():
+                    raise
+                self._file.close()
+                self._file = open(self.path, "rb+", buffering=0, opener=no_follow)  # noqa: SIM115
         if not os.path.samestat(self.status(), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
@@ -780,7 +786,11 @@ class Files:
             upload.unlink()
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.durable:
-            upload.sync()
+            try:
+                upload.sync()
+            except OSError:
+                upload.unlink()  # tried again, what the system dropped might count as written (see _sync_log)
+                raise
         target = self.path(digest)
         os.replace(upload.path, target)
         if self.durable:
@@ -815,7 +825,8 @@ class Files:
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
         for algorithm in ALGORITHMS:
-            with os.scandir(f"{self.root}/blobs/{algorithm}") as entries:
+            path = f"{self.root}/blobs/{algorithm}"  # a copy on other media may lack an empty one
+            with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
                 yield from filter(is_digest, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
@@ -891,9 +902,10 @@ class Files:
 
     def uploads(self) -> list[os.DirEntry[str]]:
         """All uploads under way or left behind; what else is in the directory is not ours."""
-        with os.scandir(f"{self.root}/uploads") as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.root}/uploads") as entries:
             found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
             return [entry for entry in found if entry.is_file(follow_symlinks=False)]
+        return []  # somebody has removed the directory
 
 
 class Cache:
@@ -2054,7 +2066,7 @@ class Collector:
 
         def drop(db: sqlite3.Connection, row: tuple[int, int, int, str, str]) -> None:
             before = self._leased_before
-            for kept in self._drop(db, row[2:], before, before, tagged=True):
+            for kept in self._drop(db, row[2:], before, self._relied_on(*row[2:]), tagged=True):
                 freed = db.execute(f"{sql} AND m.repository_id = ? AND m.digest = ?", (before, row[2], kept))
                 for each in freed:  # it may have been pulled before what is next
                     if each <= end:
@@ -2254,13 +2266,19 @@ class Verifier:
         return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
 
     def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
-        """Look again while nobody pushes or deletes: on a read-only medium nobody can anyway."""
-        files, damage = self._store.files, ""
+        """Look again, and see that it is still so while nobody pushes or deletes, who need not wait for more.
+
+        On a read-only medium nobody can anyway.
+        """
+        files, sql = self._store.files, "SELECT digest, size FROM blobs WHERE digest = ?"
+        path = files.path(digest)
+        state = file_state(path)
+        damage = "".join(map(self._examine, self._store.query(sql, digest)))
         with self._store.transaction(frees=True) as db:
-            row = self._store.query("SELECT digest, size FROM blobs WHERE digest = ?", digest)
-            if row:
-                damage = self._examine(row[0])
-            elif os.path.lexists(files.path(digest)) and not files.is_being_placed(digest):
+            row = self._store.query(sql, digest)
+            if not row or file_state(path) != state:  # pushed or deleted meanwhile
+                damage = ""
+            if not row and os.path.lexists(path) and not files.is_being_placed(digest):
                 pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
                 damage = "" if pending else "unreferenced"
             if damage and repair:
@@ -4043,6 +4061,7 @@ def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
 
 
 _running: set[Registry] = set()  # those that are open in this process
+_inherited: set[str] = set()  # data directories that were open in another when this one was forked from it
 
 
 @dataclasses.dataclass(eq=False)
@@ -4136,6 +4155,10 @@ class Registry:
             ) from error
 
     def _check_options(self) -> None:
+        if self.data is not None and os.path.realpath(self.data) in _inherited:
+            raise StartupError(  # SQLite here would take the locks of the process it is a copy of for its own
+                f"{os.fspath(self.data)} was in use when this process was forked; start a process anew for it"
+            )
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
         if self.anonymous_pull and not self.users:
@@ -4193,8 +4216,8 @@ class Registry:
         due = [time.monotonic() + interval for interval, _ in jobs]
         if self.gc_interval:
             jobs.append((self.gc_interval, lambda: self._collect_garbage(stop)))
-            passed = min(max(0.0, time.time() - self.store.files.collected_at()), self.gc_interval)
-            due.append(time.monotonic() + self.gc_interval - passed)
+            passed = abs(time.time() - self.store.files.collected_at())  # its clock may have been ahead
+            due.append(time.monotonic() + max(0.0, self.gc_interval - passed))
         while not stop.wait(max(0.0, min(due) - time.monotonic())):
             number = due.index(min(due))
             interval, job = jobs[number]
@@ -4244,6 +4267,7 @@ def _leave_to_parent() -> None:
     (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
     """
     for registry in _running:
+        _inherited.add(os.path.realpath(registry.store.files.root))
         registry.server.close_copies()
         registry._resources = contextlib.ExitStack()
     _running.clear()

@@ -484,7 +484,7 @@ def open_files(daemon: Daemon) -> list[str]:
 
 
 def thread_count(daemon: Daemon) -> int:
-    """Its threads, or as many as it may keep for the next connections."""
+    """How many threads a daemon has, or may have that wait for the next connection."""
     return max(len(os.listdir(f"/proc/{daemon.process.pid}/task")), IDLE_THREADS + 2)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from registry import Registry
+from registry import Registry, StartupError
 from tests.support import (
     Client,
     HTTPTestCase,
@@ -397,6 +397,21 @@ print("done")
             with self.child(serve):
                 pass
             self.assertEqual(client.get("manifests/latest").body, image.body)
+
+    def test_it_cannot_have_the_same_data_directory(self) -> None:
+        """Its SQLite would hold for its own the locks that only the parent has, and lose what it commits."""
+        with tempfile.TemporaryDirectory() as data, Registry(data=data):
+
+            def open_again() -> None:
+                try:
+                    Registry(data=Path(data, "..", Path(data).name)).start()
+                except StartupError as error:
+                    assert "forked" in str(error)
+                    return
+                raise AssertionError
+
+            with self.child(open_again):
+                pass
 
     def test_its_end_loses_nothing_that_others_pushed_since(self) -> None:
         pushing = (

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import sqlite3
+import stat
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import registry
+from tests import upkeep
 from tests.support import (
     MALFORMED_DIGESTS,
     MEBIBYTE,
@@ -912,7 +914,39 @@ class DirectoryTest(HTTPTestCase):
         shutil.rmtree(self.data / "uploads")
         self.assert_error(client.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
         self.assert_error(client.patch(location, b"x"), 404, "BLOB_UPLOAD_UNKNOWN")
+        self.store.expire_uploads()
+        upkeep.collect(self.store)
         self.assert_takes_uploads(client)
+
+    def test_bytes_that_could_not_be_synced_are_not_acknowledged_by_another_try(self) -> None:
+        client, content = self.start(), unique()
+        location = client.open_upload()
+        client.expect(202, "PATCH", location, content)
+        finish = with_digest(location, digest_of(content))
+        failing = mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "bad disk"))
+        with failing, contextlib.redirect_stderr(io.StringIO()):
+            self.assert_error(client.put(finish), 500)
+        self.assert_error(client.put(finish), 404, "BLOB_UPLOAD_UNKNOWN")
+        self.assert_takes_uploads(client)
+
+    def test_where_only_what_can_be_written_can_be_locked(self) -> None:
+        """As on NFS, says flock(2)."""
+        flock = fcntl.flock
+
+        def flock_on_nfs(file: Any, operation: int) -> None:
+            access = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+            is_file = stat.S_ISREG(os.stat(file if isinstance(file, int) else file.fileno()).st_mode)
+            if is_file and access == os.O_RDONLY and operation & fcntl.LOCK_EX:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            flock(file, operation)
+
+        with mock.patch.object(fcntl, "flock", flock_on_nfs):
+            client = self.start()
+            self.assert_takes_uploads(client)
+            location = client.open_upload()
+            with self.store.session("app", location.rpartition("/")[2]):
+                self.assert_error(client.patch(location, b"x"), 416)
+            self.assert_status(client.patch(location, b"x"), 202)
 
     def test_without_a_data_directory_a_push_fails_at_once(self) -> None:
         client = self.start()

@@ -337,6 +337,24 @@ class InTheWay(VerifyTestCase):
                 self.assertEqual(self.verify(), [])
 
 
+class PushedMeanwhile(VerifyTestCase):
+    def test_a_push_need_not_wait_while_a_damaged_file_is_read_again_and_mends_it(self) -> None:
+        self.damage.flip_bit(self.layer)
+        examine, found = registry.Verifier._examine, []
+
+        def push_meanwhile(verifier: registry.Verifier, row: tuple[str, int]) -> str:
+            damage = examine(verifier, row)
+            found.extend([damage] if damage else [])
+            if damage and len(found) == 2:
+                self.client.push_blob(self.image.layers[0])
+            return damage
+
+        with mock.patch.object(registry.Verifier, "_examine", push_meanwhile):
+            self.assertEqual(self.verify(repair=True), [])
+        self.assertEqual(found, ["corrupt", "corrupt"])
+        self.assert_blob(self.client, self.image.layers[0])
+
+
 class Unreadable(VerifyTestCase):
     """A file that cannot be read is not given up."""
 
@@ -639,6 +657,7 @@ class Command(HTTPTestCase):
     def test_it_looks_at_a_read_only_disk_and_repairs_nothing_there(self) -> None:
         digest = self.client.push_blob(unique())
         self.assertEqual(self.daemon.stop(), 0)
+        (self.data.path / "blobs" / "sha512").rmdir()  # as a copy may lack an empty directory
         script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
         data = str(self.data.path)
         command = [

@@ -1165,9 +1165,15 @@ class Store:
             raise StartupError(f"{self._path} has format {version}: start without --read-only once")
 
     def close(self) -> None:
-        """Close the database. No other method may be running or be called again."""
+        """Close the database. No other method may be called again.
+
+        Does nothing while one is still running that waits for the write lock or has it, such as for a
+        request that did not end in time: SQLite does not survive what it works with being closed.
+        """
         self.flush_pulls()
-        self._resources.close()
+        if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
+            self._resources.close()
+            self._write_lock.release()
 
     # --- SQL
 
@@ -3987,9 +3993,8 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             self.waker.send(b"x")
 
-    def finish_requests(self, timeout: float) -> None:
+    def finish_requests(self, deadline: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
-        deadline = time.monotonic() + timeout
         while self.connections and time.monotonic() < deadline:
             for connection in list(self.connections):
                 if connection.idle:  # TLS has something to say yet
@@ -4071,7 +4076,7 @@ class Registry:
     log: Callable[[str], None] | None = None  # takes one line for each request
 
     def __post_init__(self) -> None:
-        self._stop_timeout = 0.0
+        self._stop_deadline = 0.0
         self._token_key: bytes | None = None  # once known, that of every worker
         self._resources = contextlib.ExitStack()
 
@@ -4101,7 +4106,7 @@ class Registry:
             resources.callback(self.store.close)
             self.server = self._open_server(listener or self.bind(), parent_alive)
             resources.callback(self.server.server_close)
-            resources.callback(lambda: self.server.finish_requests(self._stop_timeout))
+            resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
                 self.store.expire_uploads()
                 self.store.remove_pending()
@@ -4175,7 +4180,7 @@ class Registry:
         stop = threading.Event()
         housekeeper = threading.Thread(target=self._run_periodic_jobs, args=(stop,), daemon=True)
         housekeeper.start()
-        resources.callback(housekeeper.join)
+        resources.callback(lambda: housekeeper.join(max(0.0, self._stop_deadline - time.monotonic())))
         resources.callback(stop.set)
 
     def _run_periodic_jobs(self, stop: threading.Event) -> None:
@@ -4215,7 +4220,7 @@ class Registry:
 
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
-        self._stop_timeout = timeout
+        self._stop_deadline = time.monotonic() + timeout
         if hasattr(self, "server"):
             self.server.stop_accepting()
         self._resources.close()

@@ -2766,7 +2766,9 @@ class SocketReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.evictable_at = time.monotonic()  # from then on it may be given up for another connection
+        # When it was last given what it asked for, and from when on it may be given up for another:
+        # whoever is refused again and again gains no time by that.
+        self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
         self._pending = b""  # received, from _start on not yet consumed
@@ -3095,9 +3097,9 @@ class Body:
         """
         if self.length is not None and self.length > limit:
             raise RegistryError(too_large)
-        now, size = time.monotonic(), limit if self.length is None else self.length
-        self._reader.deadline = now + HEADER_TIMEOUT + size / SLOWEST_BODY
-        self._reader.evictable_at = now + EVICTION_DELAY
+        size = limit if self.length is None else self.length
+        self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
+        self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
         content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
         while count := self.readinto(buffer):
             content += buffer[:count]
@@ -3813,19 +3815,21 @@ class Connection(socketserver.BaseRequestHandler):
             reply = self._answer(request, data)
             keep = request.persistent and not self.server.stopping and request.body.drainable
             if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
-                reader.evictable_at = time.monotonic() + EVICTION_DELAY
+                reader.evictable_at = reader.served_at + EVICTION_DELAY
             self._send(reply, bodiless=request.method == "HEAD", keep=keep)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
             self._log(request, reply, started)
-        now = time.monotonic()
         if not keep or not request.body.done:
-            reader.evictable_at, reader.deadline = now + EVICTION_DELAY, now + LINGER_TIMEOUT
+            reader.evictable_at = reader.served_at + EVICTION_DELAY
+            reader.deadline = time.monotonic() + LINGER_TIMEOUT
             if not keep:
                 reader.linger()
             request.body.drain()
-        self.idle, reader.evictable_at = True, now
+        elif reply.status < 400:
+            reader.served_at = time.monotonic()
+        self.idle, reader.evictable_at = True, reader.served_at
         if self.server.stopping:
             raise ClientGone
 

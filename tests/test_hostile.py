@@ -411,6 +411,24 @@ class EarlyReplyTest(HTTPTestCase):
             self.assert_status(connection.read(), 100)
         self.assert_served()
 
+    def test_whoever_is_refused_again_and_again_makes_room(self) -> None:
+        """Each time with the end of one body, and the head of the next request that owes one."""
+        for path, *lines in ((self.client.path("blobs/uploads/"),), ("/token", "Expect: 100-continue")):
+            with self.subTest(path):
+                held = [self.connect() for _ in range(self.LIMIT)]
+                deadline = time.monotonic() + TIMEOUT
+                while True:
+                    for connection in held:
+                        connection.request("POST", path, self.SMALL, *lines).read_unless_closed()
+                    with RawConnection(self.client.host) as honest:
+                        if honest.request("GET", "/v2/").read().status == 401:
+                            break
+                    self.assertLess(time.monotonic(), deadline, "there was no room for another")
+                    for connection in held:
+                        connection.send(b"1234567890")
+                        if lines:
+                            connection.read_unless_closed()
+
     def test_stopping_does_not_wait_for_a_rest(self) -> None:
         self.patch(LINGER_TIMEOUT=10 * TIMEOUT)
         held = [self.begin(framing) for framing in (self.SMALL, self.LARGE, self.CHUNKED)]

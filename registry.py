@@ -3785,7 +3785,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Take the socket over. Unlike its base class, that does not serve it yet: see run."""
         self.client_address = client_address
         self.server = server
-        self.idle = True  # between requests
+        self.idle = True  # between requests, or after the last
         self.reader = SocketReader(request)
 
     def run(self) -> None:
@@ -3825,6 +3825,7 @@ class Connection(socketserver.BaseRequestHandler):
             reader.evictable_at = reader.served_at + EVICTION_DELAY
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
             if not keep:
+                self.idle = request.body.done
                 reader.linger()
             request.body.drain()
         elif reply.status < 400:

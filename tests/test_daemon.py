@@ -415,7 +415,9 @@ class StopTest(DaemonTestCase):
                 daemon.signal(signal.SIGTERM)
                 self.wait_until_refused(daemon)
                 self.assert_status(connection.send(content[5:]).read(), 201, 202)
+                replied = time.monotonic()
                 self.assertEqual(daemon.wait(), 0)
+                self.assertLess(time.monotonic() - replied, 4, "there was nothing left to wait for")
         restarted = self.start().client
         self.assertEqual(restarted.get(f"blobs/{digest_of(content)}").body, content)
 

@@ -4151,6 +4151,9 @@ class Registry:
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+        limit = self.max_connections
+        if resource and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+            limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
@@ -4158,18 +4161,18 @@ class Registry:
                 proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
             except ValueError as error:
                 raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
-            context = Context(self.store, self._open_access(), self.public_url, tls is not None, proxies)
+            context = Context(self.store, self._open_access(limit), self.public_url, tls is not None, proxies)
             undo.pop_all()
         return Server(
             listener,
             context,
             tls=tls,
-            max_connections=self.max_connections,
+            max_connections=limit,
             parent_alive=parent_alive,
             log=self.log,
         )
 
-    def _open_access(self) -> Access:
+    def _open_access(self, max_connections: int) -> Access:
         if self._token_key is None and self.users:
             path = os.path.join(self.store.files.root, "token.key")
             self._token_key = load_key(path, create=not self.read_only)
@@ -4178,7 +4181,7 @@ class Registry:
             self.grants,
             anonymous_pull=self.anonymous_pull,
             key=self._token_key or b"",
-            max_logins=max(self.max_connections // 2, 1),
+            max_logins=max(max_connections // 2, 1),
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:

@@ -184,6 +184,15 @@ class ConnectionLimitTest(HTTPTestCase):
         self.assert_status(connection.read(), 100)
         return connection
 
+    @unittest.skipIf(registry.resource is None, "this system sets no such limit")
+    def test_there_are_no_more_than_files_to_answer_them_from(self) -> None:
+        few = (128, registry.resource.getrlimit(registry.resource.RLIMIT_NOFILE)[1])
+        with mock.patch.object(registry.resource, "getrlimit", return_value=few), registry.Registry() as one:
+            for _ in range(128):
+                self.stack.enter_context(RawConnection(one.netloc)).send(b"GET /v2/ HTTP/1.1\r\n")
+            self.assert_status(Client(one.netloc).get("/v2/"), 200)
+            self.assertLess(len(one.server.connections), 64)
+
     def test_whoever_has_been_idle_longest_makes_room(self) -> None:
         idle, fresh = ([self.connect() for _ in range(self.LIMIT)] for _ in range(2))
         for connection in idle:

@@ -1183,9 +1183,15 @@ class Store:
             raise StartupError(f"{self._path} has format {version}: start without --read-only once")
 
     def close(self) -> None:
-        """Close the database. No other method may be running or be called again."""
+        """Close the database. No other method may be called again.
+
+        Does nothing while one is still running that waits for the write lock or has it, such as for a
+        request that did not end in time: SQLite does not survive what it works with being closed.
+        """
         self.flush_pulls()
-        self._resources.close()
+        if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
+            self._resources.close()
+            self._write_lock.release()
 
     # --- SQL
 
@@ -2783,7 +2789,9 @@ class SocketReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.evictable_at = time.monotonic()  # from then on it may be given up for another connection
+        # When it was last given what it asked for, and from when on it may be given up for another:
+        # whoever is refused again and again gains no time by that.
+        self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
         self._pending = b""  # received, from _start on not yet consumed
@@ -3112,9 +3120,9 @@ class Body:
         """
         if self.length is not None and self.length > limit:
             raise RegistryError(too_large)
-        now, size = time.monotonic(), limit if self.length is None else self.length
-        self._reader.deadline = now + HEADER_TIMEOUT + size / SLOWEST_BODY
-        self._reader.evictable_at = now + EVICTION_DELAY
+        size = limit if self.length is None else self.length
+        self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
+        self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
         content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
         while count := self.readinto(buffer):
             content += buffer[:count]
@@ -3800,7 +3808,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Take the socket over. Unlike its base class, that does not serve it yet: see run."""
         self.client_address = client_address
         self.server = server
-        self.idle = True  # between requests
+        self.idle = True  # between requests, or after the last
         self.reader = SocketReader(request)
 
     def run(self) -> None:
@@ -3830,19 +3838,22 @@ class Connection(socketserver.BaseRequestHandler):
             reply = self._answer(request, data)
             keep = request.persistent and not self.server.stopping and request.body.drainable
             if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
-                reader.evictable_at = time.monotonic() + EVICTION_DELAY
+                reader.evictable_at = reader.served_at + EVICTION_DELAY
             self._send(reply, bodiless=request.method == "HEAD", keep=keep)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
             self._log(request, reply, started)
-        now = time.monotonic()
         if not keep or not request.body.done:
-            reader.evictable_at, reader.deadline = now + EVICTION_DELAY, now + LINGER_TIMEOUT
+            reader.evictable_at = reader.served_at + EVICTION_DELAY
+            reader.deadline = time.monotonic() + LINGER_TIMEOUT
             if not keep:
+                self.idle = request.body.done
                 reader.linger()
             request.body.drain()
-        self.idle, reader.evictable_at = True, now
+        elif reply.status < 400:
+            reader.served_at = time.monotonic()
+        self.idle, reader.evictable_at = True, reader.served_at
         if self.server.stopping:
             raise ClientGone
 
@@ -4010,9 +4021,8 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             self.waker.send(b"x")
 
-    def finish_requests(self, timeout: float) -> None:
+    def finish_requests(self, deadline: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
-        deadline = time.monotonic() + timeout
         while self.connections and time.monotonic() < deadline:
             for connection in list(self.connections):
                 if connection.idle:  # TLS has something to say yet
@@ -4095,7 +4105,7 @@ class Registry:
     log: Callable[[str], None] | None = None  # takes one line for each request
 
     def __post_init__(self) -> None:
-        self._stop_timeout = 0.0
+        self._stop_deadline = 0.0
         self._token_key: bytes | None = None  # once known, that of every worker
         self._resources = contextlib.ExitStack()
 
@@ -4125,7 +4135,7 @@ class Registry:
             resources.callback(self.store.close)
             self.server = self._open_server(listener or self.bind(), parent_alive)
             resources.callback(self.server.server_close)
-            resources.callback(lambda: self.server.finish_requests(self._stop_timeout))
+            resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
                 self.store.expire_uploads()
                 self.store.remove_pending()
@@ -4169,6 +4179,9 @@ class Registry:
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
     def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+        limit = self.max_connections
+        if resource and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+            limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
@@ -4176,18 +4189,18 @@ class Registry:
                 proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
             except ValueError as error:
                 raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
-            context = Context(self.store, self._open_access(), self.public_url, tls is not None, proxies)
+            context = Context(self.store, self._open_access(limit), self.public_url, tls is not None, proxies)
             undo.pop_all()
         return Server(
             listener,
             context,
             tls=tls,
-            max_connections=self.max_connections,
+            max_connections=limit,
             parent_alive=parent_alive,
             log=self.log,
         )
 
-    def _open_access(self) -> Access:
+    def _open_access(self, max_connections: int) -> Access:
         if self._token_key is None and self.users:
             path = os.path.join(self.store.files.root, "token.key")
             self._token_key = load_key(path, create=not self.read_only)
@@ -4196,14 +4209,14 @@ class Registry:
             self.grants,
             anonymous_pull=self.anonymous_pull,
             key=self._token_key or b"",
-            max_logins=max(self.max_connections // 2, 1),
+            max_logins=max(max_connections // 2, 1),
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
         stop = threading.Event()
         housekeeper = threading.Thread(target=self._run_periodic_jobs, args=(stop,), daemon=True)
         housekeeper.start()
-        resources.callback(housekeeper.join)
+        resources.callback(lambda: housekeeper.join(max(0.0, self._stop_deadline - time.monotonic())))
         resources.callback(stop.set)
 
     def _run_periodic_jobs(self, stop: threading.Event) -> None:
@@ -4243,7 +4256,7 @@ class Registry:
 
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
-        self._stop_timeout = timeout
+        self._stop_deadline = time.monotonic() + timeout
         if hasattr(self, "server"):
             self.server.stop_accepting()
         self._resources.close()

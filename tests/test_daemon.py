@@ -14,12 +14,14 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import (
     ROOT,
+    TIMEOUT,
     Client,
     Daemon,
     DataDirectory,
@@ -413,7 +415,9 @@ class StopTest(DaemonTestCase):
                 daemon.signal(signal.SIGTERM)
                 self.wait_until_refused(daemon)
                 self.assert_status(connection.send(content[5:]).read(), 201, 202)
+                replied = time.monotonic()
                 self.assertEqual(daemon.wait(), 0)
+                self.assertLess(time.monotonic() - replied, 4, "there was nothing left to wait for")
         restarted = self.start().client
         self.assertEqual(restarted.get(f"blobs/{digest_of(content)}").body, content)
 
@@ -430,6 +434,26 @@ class StopTest(DaemonTestCase):
         self.assertEqual(daemon.stop(), 0)
         self.assertTrue(silent.is_closed())
         self.assertTrue(idle.is_closed())
+
+    def test_sigterm_does_not_wait_for_a_request_that_waits_for_the_database(self) -> None:
+        program = Path(self.path, "impatient.py")
+        program.write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport registry\n"
+            "registry.STOP_TIMEOUT = registry.OPTIONAL_WRITE_TIMEOUT = 0.1\nsys.exit(registry.main())\n"
+        )
+        daemon = Daemon(self.path)
+        daemon.program = program
+        with daemon, contextlib.closing(sqlite3.connect(f"{self.path}/registry.db")) as database:
+            content = unique()
+            path = f"blobs/uploads/?digest={digest_of(content)}"
+            connection = self.request_in_flight(daemon, "POST", path, len(content))
+            database.execute("BEGIN IMMEDIATE")
+            connection.send(content)
+            deadline = time.monotonic() + TIMEOUT
+            while not list(Path(self.path, "blobs").glob("*/*")) and time.monotonic() < deadline:
+                time.sleep(0.01)  # once it has its name there, nothing but its row is missing
+            self.assertEqual(daemon.stop(), 0)
+            self.assertNotIn("Traceback", daemon.remaining_output())
 
     @unittest.skipUnless(sys.platform == "linux", "finds the threads of a process under /proc")
     def test_sigterm_is_heard_whichever_thread_takes_it(self) -> None:

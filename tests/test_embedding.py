@@ -17,6 +17,7 @@ from unittest import mock
 
 from registry import Registry, StartupError
 from tests.support import (
+    TIMEOUT,
     Client,
     HTTPTestCase,
     RawConnection,
@@ -245,6 +246,19 @@ class TraceTest(HTTPTestCase):
 
         with contextlib.ExitStack() as stack:
             self.assertLess(elapsed(end), 15)
+
+    def test_garbage_collection_that_waits_does_not_hold_it_up(self) -> None:
+        begun, end = threading.Event(), threading.Event()
+        self.addCleanup(end.set)
+
+        def collect(*_: object) -> None:
+            begun.set()
+            end.wait(TIMEOUT)
+
+        with mock.patch.object(Registry, "_collect_garbage", collect):
+            running = Registry(gc_interval=0.01).start()
+            self.assertTrue(begun.wait(TIMEOUT))
+            self.assertLess(elapsed(lambda: running.close(timeout=0.1)), TIMEOUT / 2)
 
 
 class TwiceTest(HTTPTestCase):

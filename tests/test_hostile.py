@@ -184,6 +184,15 @@ class ConnectionLimitTest(HTTPTestCase):
         self.assert_status(connection.read(), 100)
         return connection
 
+    @unittest.skipIf(registry.resource is None, "this system sets no such limit")
+    def test_there_are_no_more_than_files_to_answer_them_from(self) -> None:
+        few = (128, registry.resource.getrlimit(registry.resource.RLIMIT_NOFILE)[1])
+        with mock.patch.object(registry.resource, "getrlimit", return_value=few), registry.Registry() as one:
+            for _ in range(128):
+                self.stack.enter_context(RawConnection(one.netloc)).send(b"GET /v2/ HTTP/1.1\r\n")
+            self.assert_status(Client(one.netloc).get("/v2/"), 200)
+            self.assertLess(len(one.server.connections), 64)
+
     def test_whoever_has_been_idle_longest_makes_room(self) -> None:
         idle, fresh = ([self.connect() for _ in range(self.LIMIT)] for _ in range(2))
         for connection in idle:
@@ -410,6 +419,24 @@ class EarlyReplyTest(HTTPTestCase):
             connection = self.connect().request("POST", "/token", self.SMALL, "Expect: 100-continue")
             self.assert_status(connection.read(), 100)
         self.assert_served()
+
+    def test_whoever_is_refused_again_and_again_makes_room(self) -> None:
+        """Each time with the end of one body, and the head of the next request that owes one."""
+        for path, *lines in ((self.client.path("blobs/uploads/"),), ("/token", "Expect: 100-continue")):
+            with self.subTest(path):
+                held = [self.connect() for _ in range(self.LIMIT)]
+                deadline = time.monotonic() + TIMEOUT
+                while True:
+                    for connection in held:
+                        connection.request("POST", path, self.SMALL, *lines).read_unless_closed()
+                    with RawConnection(self.client.host) as honest:
+                        if honest.request("GET", "/v2/").read().status == 401:
+                            break
+                    self.assertLess(time.monotonic(), deadline, "there was no room for another")
+                    for connection in held:
+                        connection.send(b"1234567890")
+                        if lines:
+                            connection.read_unless_closed()
 
     def test_stopping_does_not_wait_for_a_rest(self) -> None:
         self.patch(LINGER_TIMEOUT=10 * TIMEOUT)

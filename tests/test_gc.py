@@ -720,7 +720,7 @@ class PushUnderWay(CollectionTestCase):
         digest = digest_of(self.layer)
         self.client.push_manifest(encode(image_manifest(descriptor(self.layer, OCI_CONFIG))), "v1")
         upkeep.everything(self.data.path, 2 * HOUR)
-        self.client.open_upload()
+        self.open_upload(4 * HOUR, written=0)
         upkeep.collect(self.registry.store, max_size=0)
         self.assert_error(self.client.get("manifests/v1"), 404)
         self.assertEqual(self.data.links(digest), [self.client.repository])

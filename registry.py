@@ -1304,7 +1304,8 @@ class Store:
                     upload.copy_to(copy)
                     self.files.place(copy, digest)
         except BaseException:
-            with contextlib.suppress(OSError, sqlite3.Error), self.transaction(durable=False) as db:
+            suppress, timeout = contextlib.suppress(OSError, sqlite3.Error), OPTIONAL_WRITE_TIMEOUT
+            with suppress, self.transaction(durable=False, timeout=timeout) as db:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                     self.files.remove(digest)
             raise

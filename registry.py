@@ -1316,7 +1316,8 @@ class Store:
                     upload.copy_to(copy)
                     self.files.place(copy, digest)
         except BaseException:
-            with contextlib.suppress(OSError, sqlite3.Error), self.transaction(durable=False) as db:
+            suppress, timeout = contextlib.suppress(OSError, sqlite3.Error), OPTIONAL_WRITE_TIMEOUT
+            with suppress, self.transaction(durable=False, timeout=timeout) as db:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                     self.files.remove(digest)
             raise
@@ -2498,9 +2499,10 @@ class LoginQueue:
     """Has the attempts to log in from each address take turns, since each hashes a password.
 
     That takes a core for 50 ms, and 16 MiB. With one turn at a time for an address, whoever logs in from
-    elsewhere waits for one hash of each other address at most; and since failures make turns longer, those
-    who guess are slowed down, also when they do it at once. Of an address, the attempt goes first for whose
-    name fewest wait, and of these the newest: so whoever shares it with those who guess comes before them.
+    elsewhere waits for one hash of each other address at most, and for one of all that failed lately. Since
+    failures make turns longer, those who guess are slowed down, also when they do it at once. Of an address,
+    the attempt goes first for whose name fewest wait, and of these the newest: so whoever shares it with
+    those who guess comes before them.
     When too many wait in all, the address that has most of them loses the one that would go last (429).
     """
 
@@ -2547,6 +2549,10 @@ class LoginQueue:
         turns.remove(turn)
         return turn
 
+    def has_failed(self, address: str) -> bool:
+        """Whether a password from an address was wrong lately."""
+        return self._failures.get(address) is not None
+
     def fail(self, address: str) -> None:
         """Have a turn last longer after a failure: the more of them there were lately, the longer."""
         failures = (self._failures.get(address) or 0) + 1
@@ -2579,7 +2585,7 @@ class Access:
         self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
         self._verified = Cache(1000)
         self._queue = LoginQueue(max_logins)
-        self._hashing = threading.Lock()
+        self._hashing, self._guessing = threading.Lock(), threading.Lock()
 
     def permits(self, user: str | None, scope: Scope) -> bool:
         """Whether a user, or anybody for None, may do something."""
@@ -2641,7 +2647,8 @@ class Access:
             stand_in, network = self._stand_in(users, name), client_network(address)
             with self._queue.turn(network, name):
                 if not self._verified.get(proof):  # nor was while this one waited
-                    with self._hashing:
+                    guess = self._queue.has_failed(network)  # such ones wait for each other before
+                    with self._guessing if guess else contextlib.nullcontext(), self._hashing:
                         right = (check or stand_in)(password) and check is not None
                     if not right:
                         self._queue.fail(network)

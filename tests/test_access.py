@@ -1131,6 +1131,32 @@ class FailureTest(AccessTestCase):
         self.assertLess(waited, 50)
         self.assertEqual({reply.status for reply in replies}, {401})
 
+    def test_guesses_from_many_addresses_do_not_keep_others_waiting(self) -> None:
+        client = self.serve(trusted_proxies=["127.0.0.1"])
+        access = self.registry.server.context.access
+        checks: list[str] = []
+        begun = threading.Event()
+
+        def check(password: str) -> bool:
+            checks.append(password)
+            begun.set()
+            threading.Event().wait(0.02)
+            return password == "right"
+
+        def log_in() -> int:
+            begun.wait(TIMEOUT)
+            before = len(checks)
+            self.assert_status(self.guess(client, "puller", "right", "203.0.113.8"), 200)
+            return checks.index("right") - before
+
+        guesses = []
+        for number in range(100):
+            access._queue._failures.put(f"198.51.100.{number}", 1, TIMEOUT)
+            guesses.append(lambda n=number: self.guess(client, "puller", "x", f"198.51.100.{n}"))
+        with mock.patch.object(access._users, "_value", {"puller": ("", check)}):
+            waited, *_ = run_at_once(log_in, *guesses)
+        self.assertLess(waited, 30)
+
     def test_those_who_log_in_alike_are_hashed_once(self) -> None:
         check = mock.Mock(side_effect=lambda _password: not threading.Event().wait(0.05))
         client = self.serve()

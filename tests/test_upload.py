@@ -691,6 +691,21 @@ class FailedCommitTest(UploadTestCase):
         self.finish(self.client.open_upload(), content, content)
         self.assert_consistent()
 
+    def test_a_push_that_found_the_database_locked_does_not_wait_for_as_long_again(self) -> None:
+        waits = []
+
+        def wait(*, timeout: float = registry.DATABASE_TIMEOUT, **_options: Any) -> Any:
+            waits.append(timeout)
+            raise sqlite3.OperationalError("database is locked")
+
+        content = unique()
+        with mock.patch.object(self.registry.store, "transaction", wait):
+            self.assert_error(
+                self.client.put(with_digest(self.client.open_upload(), digest_of(content)), content), 503
+            )
+        self.assertLess(sum(waits), registry.DATABASE_TIMEOUT + 10)
+        self.finish(self.client.open_upload(), content, content)
+
     def test_bytes_that_got_no_row_are_gone(self) -> None:
         content = unique()
         self.finish_and_fail(self.client.open_upload(), content)

@@ -1969,20 +1969,29 @@ class Collector:
             relied_on = self._relied_on(*row)
             self._drop(db, row, min(old, relied_on), relied_on)
 
-        sql = (
-            "WITH untagged AS (SELECT m.repository_id, m.digest, m.subject, l.leased_at, row_number() OVER"
-            " (PARTITION BY m.repository_id, m.subject IS NULL"
-            "  ORDER BY m.pushed_at DESC, m.digest) AS position"
-            f" {self._TOPMOST} AND m.repository_id >= ? AND NOT EXISTS (SELECT 1 FROM tags t"
-            "   WHERE t.repository_id = m.repository_id AND t.digest = m.digest))"
-            " SELECT repository_id, digest, name FROM untagged JOIN repositories ON id = repository_id"
-            " WHERE (repository_id, digest) > (?, ?) AND leased_at < ?"
-            " AND (subject IS NOT NULL OR position > ?) ORDER BY repository_id, digest"
+        untagged = (
+            f"{self._TOPMOST} AND NOT EXISTS (SELECT 1 FROM tags t"
+            " WHERE t.repository_id = m.repository_id AND t.digest = m.digest)"
         )
-        last = (0, "")
-        while rows := self._choose(sql, last[0], *last, old, self._policy.keep_last):
-            self._each(iter(rows), drop)
-            last = rows[-1][:2]
+        page = (
+            "SELECT m.repository_id, m.digest, (SELECT name FROM repositories WHERE id = m.repository_id),"
+            f" m.subject IS NULL, -m.pushed_at {untagged} AND l.leased_at < ?"
+            " AND (m.repository_id, m.digest) > (?, ?) ORDER BY m.repository_id, m.digest"
+        )
+        newest = (
+            f"SELECT -m.pushed_at, m.digest {untagged} AND m.repository_id = ? AND m.subject IS NULL"
+            f" ORDER BY m.pushed_at DESC, m.digest LIMIT {self._policy.keep_last}"
+        )
+        last, kept = (0, ""), [(0, "")]
+        while rows := self._choose(page, old, *last):
+            chosen = []
+            for repository, digest, name, is_image, age_rank in rows:
+                if repository != last[0]:  # what is kept is fixed before anything of it goes
+                    kept = self._store.query(newest, repository)[-1:]
+                last = repository, digest
+                if not (is_image and kept and (age_rank, digest) <= kept[0]):
+                    chosen.append((repository, digest, name))
+            self._each(iter(chosen), drop)
 
     def _drop(
         self, db: sqlite3.Connection, link: Link, old: int, relied_on: int, *, tagged: bool = False

@@ -4406,6 +4406,7 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         for number in range(self._count):
             self._start(number)
+        self._replace_dead()  # whoever ended before the signal was waited for
         while self._numbers:
             arrived = signal.sigwait(self._signals)
             if arrived == signal.SIGCHLD:

@@ -139,7 +139,7 @@ CACHE_SIZE = 8 * MIB
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # without one byte of a body moving, either way
-SLOWEST_BODY = 16 * KIB  # bytes a second of a body that is kept in memory, after the time a head may take
+SLOWEST_BODY = 16 * KIB  # bytes a second of a body, after the time a head may take; a slower one makes room
 LINGER_TIMEOUT = 5.0  # for the rest of a request after its reply, and for the client to read that
 EVICTION_DELAY = 1.0  # for which whoever is being answered need not make room
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
@@ -1598,9 +1598,9 @@ class Store:
 
     MANIFEST = (  # by the repository's name, and a tag or digest: they differ by a colon
         "SELECT m.media_type, digest, c.size, repository_id, c.leased_at, c.needed_by"
-        " FROM contents c JOIN manifests m USING (repository_id, digest) WHERE c.repository = ?1"
+        " FROM contents c JOIN manifests m USING (repository_id, digest) WHERE c.repository = ?"
         " AND c.digest = ifnull((SELECT t.digest FROM tags t WHERE t.repository_id = c.repository_id"
-        "  AND t.name = ?2), ?2)"
+        "  AND t.name = ?), ?)"
     )
 
     def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
@@ -1608,7 +1608,7 @@ class Store:
 
         lease: garbage collection shall leave it alone for the grace period.
         """
-        rows = self.query_cached(self.MANIFEST, name, reference)
+        rows = self.query_cached(self.MANIFEST, name, reference, reference)
         if not rows:
             self._require_repository(name)
             raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
@@ -1660,7 +1660,7 @@ class Store:
         with self.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             with self._placed(upload, digest) as db:
-                before = db.execute(self.MANIFEST, (name, reference)).fetchall()
+                before = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
                 repository = self._link(db, name, digest, len(content))
                 self._record_manifest(db, repository, digest, manifest, descriptor)
                 self._record_references(db, repository, digest, manifest)
@@ -1701,10 +1701,10 @@ class Store:
         rows = sorted(needs.items())
         for start in range(0, len(rows), REFERENCE_STEP):
             some = rows[start : start + REFERENCE_STEP]
-            values = ", ".join(["(?1, ?2, ?, ?)"] * len(some))
+            values = ", ".join(["(?, ?)"] * len(some))
             db.execute(
-                f"INSERT INTO manifest_references VALUES {values}"
-                " ON CONFLICT (repository_id, manifest, child)"
+                "INSERT INTO manifest_references SELECT ?, ?, column1, column2"
+                f" FROM (VALUES {values}) WHERE 1 ON CONFLICT (repository_id, manifest, child)"
                 " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
                 (repository, digest, *(value for row in some for value in row)),
             )
@@ -1727,7 +1727,7 @@ class Store:
         """
         self._require_repository(name)
         with self.transaction(frees=True) as db:
-            rows = db.execute(self.MANIFEST, (name, reference)).fetchall()
+            rows = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
             if not rows:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
             ((_, digest, _, repository, _, needed_by),) = rows
@@ -2932,6 +2932,7 @@ class SocketReader:
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
         start, stop = part.start, part.start + part.length
+        self.evictable_at = time.monotonic() + HEADER_TIMEOUT
         if self._tls or not hasattr(os, "sendfile"):
             self._copy_file(part)
             return
@@ -2941,6 +2942,7 @@ class SocketReader:
                 if not sent:
                     raise ClientGone("the file is shorter than it was")
                 start += sent
+                self.evictable_at += sent / SLOWEST_BODY
         except OSError as error:
             raise ClientGone from error
 
@@ -2952,6 +2954,7 @@ class SocketReader:
             if not count:
                 raise ClientGone("the file is shorter than it was")
             self.send(buffer[:count])
+            self.evictable_at += count / SLOWEST_BODY
             left -= count
 
     def stop_sending(self) -> None:
@@ -3092,7 +3095,10 @@ class Body:
             self._next_chunk()
         if self.done:
             return 0
+        if self._reader.evictable_at == math.inf:
+            self._reader.evictable_at = time.monotonic() + HEADER_TIMEOUT
         count = self._reader.readinto(view[: self._remaining])
+        self._reader.evictable_at += count / SLOWEST_BODY
         self._remaining -= count
         if not self._remaining:
             self._end_of_part()
@@ -3100,7 +3106,7 @@ class Body:
 
     def _end_of_part(self) -> None:
         if self.length is not None:
-            self.done = True
+            self._end()
         elif self._read_line():
             raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
 
@@ -3111,7 +3117,10 @@ class Body:
         self._remaining = int(size[1], 16)
         if not self._remaining:
             self._skip_trailers()
-            self.done = True
+            self._end()
+
+    def _end(self) -> None:
+        self.done, self._reader.evictable_at = True, math.inf
 
     def _read_line(self) -> bytes:
         line = self._reader.read_line(CHUNK_LINE_LIMIT)
@@ -3144,7 +3153,7 @@ class Body:
             content += buffer[:count]
             if len(content) > limit:
                 raise RegistryError(too_large)
-        self._reader.deadline, self._reader.evictable_at = 0.0, math.inf
+        self._reader.deadline = 0.0
         return bytes(content)
 
 

@@ -215,6 +215,17 @@ class ConnectionLimitTest(HTTPTestCase):
         for connection in busy:
             self.assert_status(connection.send(b"x").read(), 201)
 
+    def test_uploads_that_trickle_in_and_downloads_that_nobody_reads_make_room(self) -> None:
+        digest = self.client.push_blob(os.urandom(8 * MEBIBYTE))
+        path = self.client.path(f"blobs/{digest}")
+        for hold in (self.begin_upload, lambda: self.connect().request("GET", path)):
+            with self.subTest(hold), mock.patch.object(registry, "HEADER_TIMEOUT", 0.0):
+                for connection in [hold() for _ in range(self.LIMIT)]:
+                    connection.send(b"")
+                for _ in range(3):
+                    with RawConnection(self.client.host) as honest:
+                        self.assert_status(honest.request("GET", "/v2/").read(), 200)
+
     def test_there_is_room_again_once_somebody_leaves(self) -> None:
         busy = [self.begin_upload() for _ in range(self.LIMIT)]
         self.assert_error(self.connect().request("GET", "/v2/").read(), 503)

@@ -1170,6 +1170,8 @@ class Store:
         self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.files.root, "generation"))  # what format 1 had besides
 
     def _check_format(self, version: int) -> None:
         if version > FORMAT_VERSION:
@@ -4739,7 +4741,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_log(f"registry.py: {error}")
         return 1
     except (OSError, sqlite3.Error) as error:
-        write_log(f"registry.py: {error}; see whether the disk is full or damaged")
+        hint = "try again" if is_busy(error) else "see whether the disk is full or damaged"
+        write_log(f"registry.py: {error}; {hint}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -963,6 +965,15 @@ class Command(unittest.TestCase):
         (self.data.path / "blobs" / "sha256" / ("3" * 64)).write_bytes(b"left by a crash")
         status, lines, _ = self.gc("--all", "--dry-run")
         self.assertEqual((status, len(lines)), (0, 1), "it is young")
+
+    def test_a_database_that_is_merely_busy_is_not_called_damaged(self) -> None:
+        error = sqlite3.OperationalError("database is locked")
+        locked = mock.patch.object(registry.Store, "remove_pending", side_effect=error)
+        with tempfile.TemporaryDirectory() as data, mock.patch.object(sys, "stderr", io.StringIO()) as said:
+            registry.Store(data).close()
+            with locked:
+                self.assertEqual(registry.main(["gc", "--data", data]), 1)
+            self.assertEqual(said.getvalue(), "registry.py: database is locked; try again\n")
 
     def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
         with tempfile.TemporaryDirectory() as parent:

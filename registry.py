@@ -4083,10 +4083,7 @@ class Server(ThreadingHTTPServer):
 
 def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
     """A store, or a StartupError that says why there is none; takes what Store takes."""
-    if sqlite3.sqlite_version_info < (
-        3,
-        26,
-    ):  # upserts are of 3.24, window functions of 3.25; RHEL 8 has 3.26
+    if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
         raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
     try:
         return Store(data, **options)

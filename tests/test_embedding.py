@@ -313,8 +313,9 @@ print("done")
 
     @contextlib.contextmanager
     def child(self, work: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """A forked process that lives as long as the block, then does some work and ends."""
+        """A forked process that has begun and lives as long as the block, then does some work and ends."""
         waiting, told = os.pipe()
+        begun, begin = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             process = os.fork()
@@ -322,10 +323,14 @@ print("done")
             status = 1
             with contextlib.suppress(BaseException):
                 os.close(told)
+                os.close(begin)  # by then, it has let go of what is the parent's
                 os.read(waiting, 1)
                 work()
                 status = 0
             os._exit(status)
+        os.close(begin)
+        os.read(begun, 1)
+        os.close(begun)
         try:
             yield
         finally:

@@ -79,12 +79,15 @@ class WorkersTest(HTTPTestCase):
         self.daemon.client.push_image("after")
 
     def test_a_process_that_it_has_inherited_may_end(self) -> None:
-        command = 'sleep 0.5 & exec "$@"'
+        command = 'sleep 60 & exec "$@"'
         daemon = Daemon(
             Path(self.daemon.data, "other"), "--quiet", "--workers", "2", under=["sh", "-c", command, "sh"]
         )
         with daemon:
             self.wait_for(lambda: len(children(daemon.process.pid)) == 3)
+            inherited = min(children(daemon.process.pid))  # the first that was started
+            self.assertIn(b"sleep", Path(f"/proc/{inherited}/cmdline").read_bytes())
+            os.kill(inherited, signal.SIGKILL)
             self.wait_for(lambda: len(children(daemon.process.pid)) == 2)
             daemon.client.push_image("after")
             self.assertEqual(daemon.stop(), 0)

@@ -196,13 +196,14 @@ class TraceTest(HTTPTestCase):
         def count() -> int:
             return len(os.listdir("/proc/self/fd"))
 
-        with Registry() as registry:
-            self.use(registry)
-        before = count()
-        for _ in range(5):
-            with Registry() as registry:
+        for sync in (False, True):  # the directories that are synced are opened for that
+            with Registry(sync=sync) as registry:
                 self.use(registry)
-        self.assertEqual(count(), before)
+            before = count()
+            for _ in range(5):
+                with Registry(sync=sync) as registry:
+                    self.use(registry)
+            self.assertEqual(count(), before)
 
     def test_no_port_is_left(self) -> None:
         with Registry() as registry:

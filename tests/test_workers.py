@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
-from tests.support import TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
+from tests.support import ROOT, TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
 
 
 def children(process: int) -> set[int]:
@@ -91,6 +93,23 @@ class WorkersTest(HTTPTestCase):
             self.wait_for(lambda: len(children(daemon.process.pid)) == 2)
             daemon.client.push_image("after")
             self.assertEqual(daemon.stop(), 0)
+
+    def test_one_of_them_collects_garbage(self) -> None:
+        script = (
+            "import os, sys, registry\n"
+            "registry.Collector.run = lambda *_, **__: os.write(1, b'%d\\n' % os.getpid())\n"
+            "registry.main(sys.argv[1:])\n"
+        )
+        data = str(Path(self.daemon.data, "other"))
+        options = ("--quiet", "--workers", "3", "--port", "0", "--gc-interval", "0.05s", "--data", data)
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as process:
+            self.assertIn("Serving", process.stdout.readline())
+            collectors = {process.stdout.readline() for _ in range(20)}
+            process.terminate()
+            process.stdout.read()
+        self.assertEqual(len(collectors), 1)
 
     def test_stopping_stops_all(self) -> None:
         workers = self.workers()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import functools
 import io
 import os
 import re
@@ -554,6 +555,17 @@ class TokenTest(AccessTestCase):
             self.assertEqual(self.actions(client, token), {"pull", "push"})
             self.assertEqual(self.actions(client, token, "other"), {"delete"})
             self.assertEqual(self.actions(client, token, "third"), set())
+
+    def test_a_token_ends_with_its_user(self) -> None:
+        for grants in ("", GRANTS):
+            client = self.serve(grants)
+            mine = client.as_caller(client.as_caller(user("puller")).bearer("repository:team/app:pull"))
+            self.assert_status(mine.get("tags/list"), 404)
+            before = self.users.read_text("utf-8")
+            self.change(self.users, users_line("pusher", "pusher's"))
+            self.assert_challenge(mine.get("tags/list"), client.host)
+            self.change(self.users, before)
+            self.registry.close()
 
     def test_a_token_holds_no_more_than_its_user_may(self) -> None:
         client = self.serve(GRANTS)
@@ -1412,6 +1424,13 @@ class PasswdTest(AccessTestCase):
         self.assertEqual(self.passwd("pusher", "--delete"), (0, ""))
         self.assertEqual(set(self.lines()), set(USERS) - {"pusher"})
         self.assert_refused(self.passwd("pusher", "--delete"))
+
+    def test_changes_at_once_lose_none_of_each_other(self) -> None:
+        names = [f"user{number}" for number in range(8)]
+        run_at_once(
+            *(functools.partial(registry.change_user, str(self.users), name, f"{name}:x") for name in names)
+        )
+        self.assertEqual(set(self.lines()), set(USERS) | set(names))
 
     def test_one_whose_name_is_no_longer_taken_is_removed(self) -> None:
         self.users.write_text(users_line("a b", "x") + users_line("puller", "x"), "utf-8")

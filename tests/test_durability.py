@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import registry
 from tests import scenarios, upkeep
+from tests.credentials import users_line
 from tests.scenarios import Actor, Ledger
 from tests.steps import Step, observed
 from tests.support import Client, HTTPTestCase, RegistryTestCase, digest_of, unique, with_digest
@@ -221,6 +223,46 @@ class DurableOrder(unittest.TestCase):
                 self.play(scenario, running)
             self.assertEqual(disk.kinds["sync"], 0)
             self.assertIn("acknowledged before the rows were synced", disk.violations)
+
+
+class PrivateFiles(unittest.TestCase):
+    """The users file and the key of tokens, whose old content must not be lost to half of the new one."""
+
+    def test_each_is_on_the_disk_before_it_has_its_name_and_its_name_after(self) -> None:
+        synced: set[int] = set()
+        loose: set[int] = set()  # directories
+        renamed: list[str] = []
+        sync, rename = os.fsync, os.replace
+
+        def observe_sync(descriptor: int) -> None:
+            sync(descriptor)
+            inode = os.stat(descriptor).st_ino
+            synced.add(inode)
+            loose.discard(inode)
+
+        def observe_rename(source: str, target: str) -> None:
+            if not target.endswith(".probe"):
+                self.assertIn(os.stat(source).st_ino, synced)
+                loose.add(os.stat(os.path.dirname(target)).st_ino)
+                renamed.append(os.path.basename(target))
+            rename(source, target)
+
+        with contextlib.ExitStack() as stack:
+            name = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.multiple(os, fsync=observe_sync, replace=observe_rename))
+            users = os.path.join(name, "users")
+            for line in ("a:x", "b:x", None):
+                registry.change_user(users, line[0] if line else "b", line)
+                self.assertEqual(loose, set())
+            Path(users).unlink()
+            with registry.Registry(os.path.join(name, "data"), users=self.users_file(users)):
+                self.assertEqual(loose, set())
+        self.assertEqual(renamed, ["users"] * 3 + ["token.key"])
+
+    @staticmethod
+    def users_file(path: str) -> str:
+        Path(path).write_text(users_line("alice", "secret"), "utf-8")
+        return path
 
 
 class DamagedFiles(RegistryTestCase):

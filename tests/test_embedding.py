@@ -197,13 +197,14 @@ class TraceTest(HTTPTestCase):
         def count() -> int:
             return len(os.listdir("/proc/self/fd"))
 
-        with Registry() as registry:
-            self.use(registry)
-        before = count()
-        for _ in range(5):
-            with Registry() as registry:
+        for sync in (False, True):  # the directories that are synced are opened for that
+            with Registry(sync=sync) as registry:
                 self.use(registry)
-        self.assertEqual(count(), before)
+            before = count()
+            for _ in range(5):
+                with Registry(sync=sync) as registry:
+                    self.use(registry)
+            self.assertEqual(count(), before)
 
     def test_no_port_is_left(self) -> None:
         with Registry() as registry:
@@ -327,8 +328,9 @@ print("done")
 
     @contextlib.contextmanager
     def child(self, work: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """A forked process that lives as long as the block, then does some work and ends."""
+        """A forked process that has begun and lives as long as the block, then does some work and ends."""
         waiting, told = os.pipe()
+        begun, begin = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             process = os.fork()
@@ -336,10 +338,14 @@ print("done")
             status = 1
             with contextlib.suppress(BaseException):
                 os.close(told)
+                os.close(begin)  # by then, it has let go of what is the parent's
                 os.read(waiting, 1)
                 work()
                 status = 0
             os._exit(status)
+        os.close(begin)
+        os.read(begun, 1)
+        os.close(begun)
         try:
             yield
         finally:

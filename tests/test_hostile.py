@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -225,6 +226,17 @@ class ConnectionLimitTest(HTTPTestCase):
                 for _ in range(3):
                     with RawConnection(self.client.host) as honest:
                         self.assert_status(honest.request("GET", "/v2/").read(), 200)
+
+    def test_those_that_got_no_thread_take_no_room(self) -> None:
+        error, stderr = RuntimeError("can't start new thread"), io.StringIO()
+        failing = mock.patch.object(threading.Thread, "start", side_effect=error)
+        with failing, contextlib.redirect_stderr(stderr):
+            for _ in range(self.LIMIT):
+                self.assertTrue(self.connect().is_closed())
+        self.assertIn(str(error), stderr.getvalue())
+        busy = [self.begin_upload() for _ in range(self.LIMIT)]
+        for connection in busy:
+            self.assert_status(connection.send(b"x").read(), 201)
 
     def test_there_is_room_again_once_somebody_leaves(self) -> None:
         busy = [self.begin_upload() for _ in range(self.LIMIT)]

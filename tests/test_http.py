@@ -311,6 +311,16 @@ class FramingTest(HTTPConnectionTestCase):
             with self.subTest(host=host):
                 self.assert_refused(self.send(b"GET /v2/ HTTP/1.0\r\n" + host + b"\r\n\r\n"))
 
+    def test_what_may_be_said_once_is_refused_when_it_is_said_twice(self) -> None:
+        for name, value in (
+            ("Authorization", "Basic YTpi"),
+            ("Content-Range", "0-4"),
+            ("content-range", "0-4"),
+        ):
+            with self.subTest(name):
+                line = f"{name}: {value}".encode()
+                self.assert_refused(self.post(b"Content-Length: 5", line, line, body=HELLO))
+
     def test_hosts_are_names_and_addresses(self) -> None:
         for host in (b"a", b"A.b-c_d:5000", b"127.0.0.1", b"[::1]", b"[::ffff:1.2.3.4]:5000", b"a:"):
             with self.subTest(host):

@@ -281,6 +281,13 @@ class ManifestTest(ParsingTest):
             with self.subTest(document=document):
                 self.assert_raises(ErrorCode.MANIFEST_INVALID, self.parse, document)
 
+    def test_a_whole_number_has_twenty_digits_at_most(self) -> None:
+        content = json.dumps({**self.IMAGE, "x": [0]}).encode()
+        self.assertEqual(self.parse({**self.IMAGE, "x": int("9" * 20)}), self.parse(self.IMAGE))
+        for number in (b"9" * 21, b"-" + b"9" * 21, b"9" * 4000):
+            longer = content.replace(b"[0]", number)
+            self.assert_raises(ErrorCode.MANIFEST_INVALID, registry.parse_manifest, longer, "")
+
     def test_media_types_must_agree(self) -> None:
         self.assert_raises(ErrorCode.MANIFEST_INVALID, self.parse, {**self.IMAGE, "mediaType": "a/b"}, "c/d")
 

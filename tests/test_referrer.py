@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
+import registry
 from tests.support import (
     MALFORMED_DIGESTS,
     MEBIBYTE,
@@ -254,6 +256,16 @@ class PagingTest(ReferrerTestCase):
         for kind, expected in pushed.items():
             digests = self.all_pages(f"?artifactType={quote(kind, safe='')}")
             self.assertEqual(sorted(digests), sorted(expected))
+
+    def test_a_page_that_is_just_full_links_to_no_other(self) -> None:
+        with mock.patch.object(registry, "REFERRER_PAGE_LIMIT", 3):
+            self.push_many(range(3))
+            response = self.listing()
+            self.assertEqual(len(response.json["manifests"]), 3)
+            self.assertNotIn("Link", response.headers)
+            self.push_many(range(3, 4))
+            self.assertIn("Link", self.listing().headers)
+            self.assertEqual(len(self.all_pages()), 4)
 
     def test_a_page_is_bounded_by_its_whole_length(self) -> None:
         """Three mebibytes, or one descriptor that is longer."""

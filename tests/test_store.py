@@ -208,6 +208,14 @@ class UnremovableFiles(RegistryTestCase):
         upkeep.collect(self.registry.store)
         self.assert_gone(stuck)
 
+    def test_what_is_pushed_again_before_its_turn_stays(self) -> None:
+        content = unique()
+        sql = "INSERT INTO pending_deletes VALUES (?)"
+        upkeep.change(self.data.path, sql, digest_of(content))
+        self.client.push_blob(content)
+        self.registry.store.remove_pending()
+        self.assert_blob(self.client, content)
+
     def test_many_keep_nothing_from_its_turn(self) -> None:
         stuck = [f"sha256:{number:064x}" for number in range(2 * registry.BATCH)]
         last = f"sha256:{'f' * 64}"
@@ -272,6 +280,20 @@ class OutsideHands(HTTPTestCase):
 
 
 class Remembered(RegistryTestCase):
+    def test_what_was_read_before_a_commit_is_not_remembered_as_read_after_it(self) -> None:
+        store, query = self.registry.store, self.registry.store.query
+        images = [self.client.push_image("moving")]
+
+        def query_and_commit(*arguments: object) -> list[object]:
+            rows = query(*arguments)
+            with mock.patch.object(store, "query", query):
+                images.append(self.client.push_image("moving"))
+            return rows
+
+        with mock.patch.object(store, "query", query_and_commit):
+            self.assertEqual(store.manifest(self.client.repository, "moving").digest, images[0].digest)
+        self.assertEqual(store.manifest(self.client.repository, "moving").digest, images[1].digest)
+
     def test_long_parameters_of_many_requests_do_not_fill_the_memory(self) -> None:
         self.client.push_image("v1")
         tracemalloc.start()

@@ -1009,6 +1009,22 @@ class MountTest(UploadTestCase):
         response = self.mount(digest.replace(":", "%3A"), self.other.repository)
         self.assert_pushed(response, self.client, digest)
 
+    def test_a_blob_that_its_source_loses_meanwhile_is_not_mounted(self) -> None:
+        digest, files = self.other.push_blob(unique()), self.registry.store.files
+        find = files.open
+
+        def find_and_delete(*arguments: Any) -> Any:
+            found = find(*arguments)
+            self.other.expect(202, "DELETE", f"blobs/{digest}")
+            return found
+
+        with mock.patch.object(files, "open", find_and_delete):
+            response = self.mount(digest, self.other.repository)
+        self.assert_status(response, 202)
+        self.assert_no_blob(self.client, digest)
+        self.client.expect(204, "DELETE", response.headers["Location"])
+        self.assert_consistent()
+
     def test_a_mounted_blob_outlives_its_source(self) -> None:
         content = unique()
         digest = self.other.push_blob(content)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
-from tests.support import TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
+from tests.support import ROOT, TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
 
 
 def children(process: int) -> set[int]:
@@ -79,16 +81,35 @@ class WorkersTest(HTTPTestCase):
         self.daemon.client.push_image("after")
 
     def test_a_process_that_it_has_inherited_may_end(self) -> None:
-        command = 'sleep 1000 & exec "$@"'
+        command = 'sleep 60 & exec "$@"'
         daemon = Daemon(
             Path(self.daemon.data, "other"), "--quiet", "--workers", "2", under=["sh", "-c", command, "sh"]
         )
         with daemon:
             self.wait_for(lambda: len(children(daemon.process.pid)) == 3)
-            os.kill(min(children(daemon.process.pid)), signal.SIGTERM)  # the oldest: it was there before
+            inherited = min(children(daemon.process.pid))  # the first that was started
+            self.assertIn(b"sleep", Path(f"/proc/{inherited}/cmdline").read_bytes())
+            os.kill(inherited, signal.SIGKILL)
             self.wait_for(lambda: len(children(daemon.process.pid)) == 2)
             daemon.client.push_image("after")
             self.assertEqual(daemon.stop(), 0)
+
+    def test_one_of_them_collects_garbage(self) -> None:
+        script = (
+            "import os, sys, registry\n"
+            "registry.Collector.run = lambda *_, **__: os.write(1, b'%d\\n' % os.getpid())\n"
+            "registry.main(sys.argv[1:])\n"
+        )
+        data = str(Path(self.daemon.data, "other"))
+        options = ("--quiet", "--workers", "3", "--port", "0", "--gc-interval", "0.05s", "--data", data)
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as process:
+            self.assertIn("Serving", process.stdout.readline())
+            collectors = {process.stdout.readline() for _ in range(20)}
+            process.terminate()
+            process.stdout.read()
+        self.assertEqual(len(collectors), 1)
 
     def test_stopping_stops_all(self) -> None:
         workers = self.workers()

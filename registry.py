@@ -11,6 +11,7 @@ The data directory:
     blobs/<algorithm>/<hex>     every blob and manifest, named by its digest, as in an OCI image layout
     uploads/<session id>        the bytes of uploads under way; on the same volume as blobs/
     registry.db                 SQLite: repositories, links, manifests, tags
+    registry.db-wal, -shm       its log, and the index of that, while it is open
     reserve                     4 MiB to give up when the disk is full, so that deleting still works
     last-gc                     its time is when the daemon last collected garbage
     token.key                   what tokens are signed with, where there are users
@@ -1170,8 +1171,9 @@ class Store:
         self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.files.root, "generation"))  # what format 1 had besides
+        if version:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.files.root}/generation")  # which format 1 told commits by
 
     def _check_format(self, version: int) -> None:
         if version > FORMAT_VERSION:
@@ -4732,14 +4734,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     open_standard_streams()
     options = build_parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # what is temporary goes
     try:
         return options.command(options) or 0
     except StartupError as error:
         write_log(f"registry.py: {error}")
         return 1
     except (OSError, sqlite3.Error) as error:
-        hint = "try again" if is_busy(error) else "see whether the disk is full or damaged"
-        write_log(f"registry.py: {error}; {hint}")
+        advice = "try again later" if is_busy(error) else "see whether the disk is full or damaged"
+        write_log(f"registry.py: {error}; {advice}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

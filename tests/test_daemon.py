@@ -366,7 +366,7 @@ class ClosedStreamsTest(DaemonTestCase):
         command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
         process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
         self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        self.addCleanup(process.terminate)  # killed, it would not wait for its workers
         client = Client(f"127.0.0.1:{port}", "a/b")
         while True:  # there is no line to wait for
             with contextlib.suppress(ConnectionRefusedError):

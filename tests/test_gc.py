@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import queue
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -43,6 +46,16 @@ from tests.support import (
 from tests.upkeep import DAY, HOUR, MINUTE
 
 BUILDKIT_CACHE = "application/vnd.buildkit.cacheconfig.v0"
+
+
+def add_garbage(data: Path, count: int) -> None:
+    """Rows of so many blobs of the first repository that nothing needs, for long, whose files are gone."""
+    numbers = f"WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT {count})"
+    digest = "printf('sha256:%064d', n)"
+    upkeep.change(data, f"INSERT INTO blobs {numbers} SELECT {digest}, 1 FROM n")
+    columns = "repository_id, digest, leased_at, needed_by"
+    links = f"{numbers} SELECT 1, {digest}, 0, 0 FROM n"
+    upkeep.change(data, f"INSERT INTO repository_blobs ({columns}) {links}")
 
 
 class CollectionTestCase(RegistryTestCase):
@@ -632,9 +645,12 @@ class MaximumSize(CollectionTestCase):
                 self.data.path, "INSERT INTO manifest_references VALUES (1, ?, ?, 1)", digest, digest
             )
         seen: list[str] = []
-        self.registry.store._writer.set_trace_callback(seen.append)
-        upkeep.collect(self.registry.store, max_size=150_000)
-        self.registry.store._writer.set_trace_callback(None)
+        store = self.registry.store
+        store._writer.set_trace_callback(seen.append)
+        with mock.patch.object(store, "query", wraps=store.query) as query:
+            upkeep.collect(store, max_size=150_000)
+        store._writer.set_trace_callback(None)
+        self.assertLess(sum("ORDER BY m.pulled_at" in call.args[0] for call in query.mock_calls), 5)
         self.assertEqual(len(self.data.rows("SELECT 1 FROM manifests WHERE pulled_at = 0")), 49)
         self.assertEqual([sql for sql in seen if "ORDER BY" in sql or "sum(" in sql], [])
         self.assert_lives(image, "a")
@@ -843,18 +859,26 @@ class Walk(CollectionTestCase):
 class Stopping(CollectionTestCase):
     """A collection reports as it goes, and can be stopped between two batches."""
 
-    def add_garbage(self, count: int) -> None:
-        """Rows of so many blobs that nothing needs, for long, whose files are gone."""
+    def setUp(self) -> None:
+        super().setUp()
         self.client.push_blob(unique())
-        numbers = f"WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT {count})"
-        digest = "printf('sha256:%064d', n)"
-        upkeep.change(self.data.path, f"INSERT INTO blobs {numbers} SELECT {digest}, 1 FROM n")
-        columns = "repository_id, digest, leased_at, needed_by"
-        links = f"{numbers} SELECT 1, {digest}, 0, 0 FROM n"
-        upkeep.change(self.data.path, f"INSERT INTO repository_blobs ({columns}) {links}")
+
+    def test_what_was_removed_is_not_kept_in_memory(self) -> None:
+        add_garbage(self.data.path, 1000)
+        reported, kept = 0, []
+
+        def count(_removal: Any) -> None:
+            nonlocal reported
+            reported += 1
+            if reported % 250 == 0:
+                kept.append(sum(type(each) is registry.Removal for each in gc.get_objects()))
+
+        registry.Collector(self.registry.store, registry.Policy(), count).run()
+        self.assertEqual((reported, len(kept)), (1000, 4))
+        self.assertLessEqual(max(kept), registry.BATCH)
 
     def test_it_stops_between_batches_with_all_reported_that_is_gone(self) -> None:
-        self.add_garbage(1000)
+        add_garbage(self.data.path, 1000)
         reported: list[Any] = []
         collector = registry.Collector(
             self.registry.store, registry.Policy(), reported.append, stopped=lambda: len(reported) > 150
@@ -864,7 +888,7 @@ class Stopping(CollectionTestCase):
         self.assertEqual((len(reported), left), (200, 801))
 
     def test_closing_does_not_wait_for_the_rest(self) -> None:
-        self.add_garbage(20_000)
+        add_garbage(self.data.path, 20_000)
         begun = threading.Event()
         with mock.patch.object(registry.Files, "remove", lambda *_: begun.set()):
             collecting = registry.Registry(data=str(self.data.path), sync=False, gc_interval=0.001)
@@ -962,9 +986,29 @@ class Command(unittest.TestCase):
         self.assertEqual(self.data.files(), {})
 
     def test_all_walks_over_the_files_too(self) -> None:
-        (self.data.path / "blobs" / "sha256" / ("3" * 64)).write_bytes(b"left by a crash")
-        status, lines, _ = self.gc("--all", "--dry-run")
-        self.assertEqual((status, len(lines)), (0, 1), "it is young")
+        left = self.data.path / "blobs" / "sha256" / ("3" * 64)
+        left.write_bytes(b"left by a crash")
+        self.assertEqual(self.gc("--all")[1], ["removed nothing"], "it is young")
+        tomorrow, printed = time.time() + DAY, io.StringIO()
+        with mock.patch("time.time", lambda: tomorrow), contextlib.redirect_stdout(printed):
+            for options in ((), ("--all", "--dry-run"), ("--all",)):
+                self.assertTrue(left.exists())
+                self.assertEqual(registry.main(["gc", "--data", str(self.data.path), *options]), 0)
+        self.assertFalse(left.exists())
+        self.assertEqual(printed.getvalue().count(left.name), 2)
+
+    def test_a_dry_run_that_is_stopped_leaves_no_copy(self) -> None:
+        self.client.push_blob(unique())
+        add_garbage(self.data.path, 2000)  # to say so takes more than a pipe holds
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "registry.py", "gc", "--dry-run", "--data", str(self.data.path)]
+            environment = {**os.environ, "TMPDIR": temporary}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+            process.stdout.readline()
+            self.assertNotEqual(os.listdir(temporary), [])
+            process.terminate()
+            process.communicate(timeout=TIMEOUT)
+            self.assertEqual((process.returncode, os.listdir(temporary)), (128 + signal.SIGTERM, []))
 
     def test_a_database_that_is_merely_busy_is_not_called_damaged(self) -> None:
         error = sqlite3.OperationalError("database is locked")
@@ -973,7 +1017,7 @@ class Command(unittest.TestCase):
             registry.Store(data).close()
             with locked:
                 self.assertEqual(registry.main(["gc", "--data", data]), 1)
-            self.assertEqual(said.getvalue(), "registry.py: database is locked; try again\n")
+            self.assertEqual(said.getvalue(), "registry.py: database is locked; try again later\n")
 
     def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
         with tempfile.TemporaryDirectory() as parent:

@@ -73,6 +73,13 @@ class BusyDatabase(RegistryTestCase):
         )
         self.assertGreater(leased_at, -upkeep.MINUTE)
 
+    def test_a_command_says_to_try_again(self) -> None:
+        self.client.push_blob(unique())
+        upkeep.everything(self.data.path, upkeep.DAY)
+        with self.data.locked(), contextlib.redirect_stderr(io.StringIO()) as errors:
+            self.assertEqual(registry.main(["gc", "--data", str(self.data.path)]), 1)
+        self.assertRegex(errors.getvalue(), r"\Aregistry\.py: database is locked; try again later\n\Z")
+
     def test_pulls_are_recorded_once_it_is_free(self) -> None:
         image = self.client.push_image("v1")
         upkeep.everything(self.data.path, upkeep.DAY)

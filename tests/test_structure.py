@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
@@ -123,6 +125,18 @@ class ReadmeTest(unittest.TestCase):
     def test_the_table_of_endpoints_is_the_table_of_routes(self) -> None:
         rows = re.findall(r"^\| `(\w+) (/[^`]*)` \|", self.README, re.MULTILINE)
         self.assertEqual(rows, [(route.method, route.path) for route in registry.ROUTES])
+
+    def test_all_that_a_data_directory_has_is_described_here_and_in_the_module(self) -> None:
+        described = re.search(r"    blobs/<(?:.+\n)+", self.README)[0]  # type: ignore[index]
+        self.assertIn(f"\n{described}\n", registry.__doc__)
+        with tempfile.TemporaryDirectory() as directory:
+            users, data = Path(directory, "users"), Path(directory, "data")
+            users.write_text("")
+            with registry.Registry(data, users=str(users), gc_interval=3600):
+                names = {*os.listdir(data), "corrupt"}
+        listed = re.findall(r"^    ([\w.-]+)(?:, (-\w+))?", described, re.MULTILINE)
+        shared = [name.partition("-")[0] + suffix for name, suffix in listed if suffix]
+        self.assertEqual(names, {*(name for name, _ in listed), *shared})
 
     def test_every_option_is_one_that_the_command_line_has(self) -> None:
         known = set(re.findall(r'"(--[a-z-]+)"', SOURCE))

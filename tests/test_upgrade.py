@@ -255,6 +255,13 @@ class UpgradeTest(HTTPTestCase):
         with self.serve() as client:
             self.assertEqual(self.seen(client), self.before)
 
+    def test_a_file_that_no_registry_uses_any_more_goes(self) -> None:
+        file = self.data.path / "generation"
+        for exists in (False, True):  # once nothing is brought up to date, a file of that name is somebody's
+            file.write_bytes(bytes(8))
+            registry.Store(self.data.path).close()
+            self.assertEqual(file.exists(), exists)
+
     def test_a_read_only_registry_says_what_to_do(self) -> None:
         with self.assertRaisesRegex(registry.StartupError, "format 1.*--read-only"):
             registry.Store(self.data.path, read_only=True)

@@ -415,8 +415,9 @@ class MissingFiles(VerifyTestCase):
         self.damage.flip_bit(self.image.digest)
         more = self.client.push_blob(unique())  # a fifth
         self.assertEqual(len(self.verify(repair=True)), 3)
+        self.client.push_blob(unique())
         self.damage.remove(more)
-        self.damage.remove(digest_of(self.image.config))
+        self.damage.remove(digest_of(self.image.config))  # two of three
         with self.assertRaises(registry.StartupError):
             self.verify(repair=True)
 

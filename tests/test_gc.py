@@ -9,7 +9,6 @@ import os
 import queue
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -1009,15 +1008,6 @@ class Command(unittest.TestCase):
             process.terminate()
             process.communicate(timeout=TIMEOUT)
             self.assertEqual((process.returncode, os.listdir(temporary)), (128 + signal.SIGTERM, []))
-
-    def test_a_database_that_is_merely_busy_is_not_called_damaged(self) -> None:
-        error = sqlite3.OperationalError("database is locked")
-        locked = mock.patch.object(registry.Store, "remove_pending", side_effect=error)
-        with tempfile.TemporaryDirectory() as data, mock.patch.object(sys, "stderr", io.StringIO()) as said:
-            registry.Store(data).close()
-            with locked:
-                self.assertEqual(registry.main(["gc", "--data", data]), 1)
-            self.assertEqual(said.getvalue(), "registry.py: database is locked; try again later\n")
 
     def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
         with tempfile.TemporaryDirectory() as parent:

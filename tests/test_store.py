@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -72,6 +73,12 @@ class BusyDatabase(RegistryTestCase):
             image.digest,
         )
         self.assertGreater(leased_at, -upkeep.MINUTE)
+
+    def test_what_was_waited_for_this_process_is_not_waited_for_another(self) -> None:
+        moments = itertools.chain([100.0], itertools.repeat(107.0))
+        clock = mock.patch.object(registry.time, "monotonic", lambda: next(moments))
+        with contextlib.closing(Store(self.data.path)) as store, clock, store.transaction(timeout=10) as db:
+            self.assertEqual(db.execute("PRAGMA busy_timeout").fetchall(), [(3000,)])
 
     def test_a_command_says_to_try_again(self) -> None:
         self.client.push_blob(unique())

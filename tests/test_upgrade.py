@@ -224,11 +224,6 @@ class UpgradeTest(HTTPTestCase):
         result = python("registry.py", "verify", "--data", str(self.data.path))
         self.assertEqual(result.returncode, 0, result)
 
-    def test_a_file_that_has_no_use_any_more_goes(self) -> None:
-        (self.data.path / "generation").write_bytes(bytes(16))
-        registry.Store(self.data.path).close()
-        self.assertFalse((self.data.path / "generation").exists())
-
     def test_the_result_is_what_a_new_database_is(self) -> None:
         with tempfile.TemporaryDirectory() as new:
             for path in (self.data.path, new):

@@ -2942,7 +2942,10 @@ class SocketReader:
             return
         try:
             while start < stop:
-                sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, stop - start)
+                size = min(
+                    stop - start, BUFFER_SIZE
+                )  # it returns once all of that is sent, which may take long
+                sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, size)
                 if not sent:
                     raise ClientGone("the file is shorter than it was")
                 start += sent

@@ -284,6 +284,17 @@ class Retention(CollectionTestCase):
         self.assertEqual({digest for (digest,) in rows}, set(map(digest_of, bodies)))
         self.assert_consistent()
 
+    def test_which_images_stay_is_asked_once_for_each_repository(self) -> None:
+        images = [self.client.push_image() for _ in range(7)]
+        for number, image in enumerate(images):
+            self.age(7 - number, image.body)
+        store = self.registry.store
+        asked = mock.patch.object(store, "query", wraps=store.query)
+        with mock.patch.object(registry, "CHOICE", 2), asked as query:
+            self.collect(untagged_after=HOUR, keep_last=2)
+        self.assertEqual(sum("ORDER BY m.pushed_at DESC" in call.args[0] for call in query.mock_calls), 1)
+        self.assert_manifests(images[5].body, images[6].body)
+
     def test_an_orphaned_referrer_takes_no_place_of_an_image_and_goes(self) -> None:
         image = self.client.push_image()
         orphan = self.client.push_image(subject=descriptor(unique(), OCI_MANIFEST))
@@ -720,6 +731,10 @@ class PushUnderWay(CollectionTestCase):
     def test_not_once_nothing_comes_any_more(self) -> None:
         self.open_upload(2 * HOUR, written=61 * MINUTE)
         self.assert_collected()
+
+    def test_what_came_shortly_before_its_upload_began(self) -> None:
+        self.open_upload(2 * HOUR - 30, written=0)
+        self.assert_spared()
 
     def test_not_what_was_there_long_before(self) -> None:
         self.open_upload(2 * HOUR - 2 * MINUTE, written=0)

@@ -171,8 +171,8 @@ class ConnectionLimitTest(HTTPTestCase):
     def setUp(self) -> None:
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
-        running = stack.enter_context(registry.Registry(max_connections=self.LIMIT))
-        self.client = Client(running.netloc, "many")
+        self.running = stack.enter_context(registry.Registry(max_connections=self.LIMIT))
+        self.client = Client(self.running.netloc, "many")
         self.stack = stack
 
     def connect(self) -> RawConnection:
@@ -237,6 +237,34 @@ class ConnectionLimitTest(HTTPTestCase):
         busy = [self.begin_upload() for _ in range(self.LIMIT)]
         for connection in busy:
             self.assert_status(connection.send(b"x").read(), 201)
+
+    def test_those_that_move_their_bytes_need_not_make_room(self) -> None:
+        content = os.urandom(32 * MEBIBYTE)
+        path = self.client.path(f"blobs/{self.client.push_blob(content)}")
+        upload = self.client.path(f"blobs/uploads/?digest={digest_of(b'x')}")
+
+        def push() -> None:
+            self.connect().request("POST", upload, "Content-Length: 2000", body=bytes(1000))
+
+        def pull() -> None:
+            self.connect().request("GET", path)._take(4 * MEBIBYTE)
+
+        for move in (push, pull):
+            patches = {"HEADER_TIMEOUT": 0.0, "SLOWEST_BODY": 1}
+            with self.subTest(move.__name__), mock.patch.multiple(registry, **patches):
+                for _ in range(self.LIMIT):
+                    move()
+                earned, deadline = time.monotonic() + 500, time.monotonic() + TIMEOUT
+                while not all(
+                    each.reader.evictable_at > earned for each in list(self.running.server.connections)
+                ):
+                    self.assertLess(time.monotonic(), deadline, "what was moved counts for nothing")
+                    time.sleep(0.01)
+                self.assert_error(self.connect().request("GET", "/v2/").read(), 503)
+                for connection in list(self.running.server.connections):
+                    connection.hang_up()
+                while self.running.server.connections and time.monotonic() < deadline:
+                    time.sleep(0.01)
 
     def test_there_is_room_again_once_somebody_leaves(self) -> None:
         busy = [self.begin_upload() for _ in range(self.LIMIT)]

@@ -2942,9 +2942,7 @@ class SocketReader:
             return
         try:
             while start < stop:
-                size = min(
-                    stop - start, BUFFER_SIZE
-                )  # it returns once all of that is sent, which may take long
+                size = min(stop - start, BUFFER_SIZE)  # it returns only once all of that is sent
                 sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, size)
                 if not sent:
                     raise ClientGone("the file is shorter than it was")

@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -219,10 +220,13 @@ class ConnectionLimitTest(HTTPTestCase):
     def test_uploads_that_trickle_in_and_downloads_that_nobody_reads_make_room(self) -> None:
         digest = self.client.push_blob(os.urandom(8 * MEBIBYTE))
         path = self.client.path(f"blobs/{digest}")
+        patience = {"HEADER_TIMEOUT": 0.0, "EVICTION_TIMEOUT": TIMEOUT}
         for hold in (self.begin_upload, lambda: self.connect().request("GET", path)):
-            with self.subTest(hold), mock.patch.object(registry, "HEADER_TIMEOUT", 0.0):
-                for connection in [hold() for _ in range(self.LIMIT)]:
-                    connection.send(b"")
+            with self.subTest(hold), mock.patch.multiple(registry, **patience):
+                held = [hold() for _ in range(self.LIMIT)]
+                while any(each.reader.evictable_at == math.inf for each in self.connections()):
+                    time.sleep(0.01)  # until the last of them is in its body
+                self.assertEqual(len(held), self.LIMIT)
                 for _ in range(3):
                     with RawConnection(self.client.host) as honest:
                         self.assert_status(honest.request("GET", "/v2/").read(), 200)

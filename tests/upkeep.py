@@ -73,8 +73,8 @@ def leases_told(data: Path, ago: float, digest: str = "%") -> None:
 
 def manifests_pushed(data: Path, ago: float, digest: str = "%") -> None:
     """All manifests, or one, were pushed and pulled so many seconds earlier than they were."""
-    sql = "UPDATE manifests SET pushed_at = pushed_at - ?1, pulled_at = pulled_at - ?1 WHERE digest LIKE ?2"
-    change(data, sql, ago, digest)
+    sql = "UPDATE manifests SET pushed_at = pushed_at - ?, pulled_at = pulled_at - ? WHERE digest LIKE ?"
+    change(data, sql, ago, ago, digest)
 
 
 def everything(data: Path, ago: float, digest: str = "%") -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Union
+from urllib.parse import urljoin
 
 from registry import Registry
 
@@ -39,6 +40,7 @@ OCI_EMPTY = "application/vnd.oci.empty.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 
+HELLO = b"hello"
 ERROR_CODES = frozenset(
     """BLOB_UNKNOWN BLOB_UPLOAD_INVALID BLOB_UPLOAD_UNKNOWN DIGEST_INVALID MANIFEST_BLOB_UNKNOWN
     MANIFEST_INVALID MANIFEST_UNKNOWN NAME_INVALID NAME_UNKNOWN SIZE_INVALID UNAUTHORIZED DENIED
@@ -71,6 +73,9 @@ MALFORMED_DIGESTS = (
     "sha256+b64:" + "a" * 64,
     ":" + "a" * 64,
 )
+
+MALFORMED_QUERIES = (*MALFORMED_DIGESTS, "", "%00", "sha256:..%2F..%2Fregistry.db")
+EMPTY_SHA256 = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 _numbers = itertools.count(1)
 
@@ -127,6 +132,9 @@ class Image:
     @property
     def blobs(self) -> tuple[bytes, ...]:
         return (self.config, *self.layers)
+
+
+HELLO_DIGEST = digest_of(HELLO)
 
 
 # === HTTP: responses, a client, a raw connection ===
@@ -642,3 +650,130 @@ def elapsed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+class HTTPConnectionTestCase(RegistryTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.upload = self.client.path(f"blobs/uploads/?digest={HELLO_DIGEST}")
+
+    def send(self, data: bytes) -> RawConnection:
+        return self.connect().send(data)
+
+    def post(self, *lines: bytes, body: bytes = HELLO) -> RawConnection:
+        """The single-POST upload of `hello` with exactly these header lines after Host."""
+        head = b"\r\n".join([b"POST %s HTTP/1.1" % self.upload.encode(), b"Host: a", *lines, b"", b""])
+        return self.send(head + body)
+
+    def assert_refused(self, connection: RawConnection, *statuses: int) -> None:
+        """An error in the usual form, nothing stored, and the connection closed."""
+        response = connection.read()
+        self.assert_error(response, response.status)
+        self.assert_status(response, *statuses or (400,))
+        self.assertTrue(connection.is_closed(), response)
+        self.assert_error(self.client.get(f"blobs/{HELLO_DIGEST}"), 404)
+
+    def assert_hello(self, connection: RawConnection) -> None:
+        """The upload is taken, and the connection ready for more."""
+        self.assert_status(connection.read(), 201)
+        self.assert_clean_afterwards(connection)
+        self.assert_blob(self.client, HELLO)
+        self.client.expect(202, "DELETE", f"blobs/{HELLO_DIGEST}")
+
+
+class UploadTestCase(RegistryTestCase):
+    """Upload sessions seen from a client that is resuming them."""
+
+    def received(self, location: str) -> str:
+        """The Range of an upload session."""
+        return self.client.expect(204, "GET", location).headers["Range"]
+
+    def append(self, location: str, content: bytes, content_range: str = "") -> Response:
+        headers = {"Content-Range": content_range} if content_range else {}
+        return self.client.patch(location, content, headers)
+
+    def finish(self, location: str, content: bytes, rest: bytes = b"", algorithm: str = "sha256") -> None:
+        """Finish a session that must amount to `content`, sending `rest` of it."""
+        self.client.expect(201, "PUT", with_digest(location, digest_of(content, algorithm)), rest)
+        self.assert_blob(self.client, content, algorithm)
+
+    def assert_session(self, response: Response, status: int, received: str) -> None:
+        self.assert_status(response, status)
+        self.assertEqual(response.headers["Range"], received)
+        prefix = f"/v2/{self.client.repository}/blobs/uploads/"
+        self.assertTrue(response.headers["Location"].startswith(prefix), response)
+
+    def assert_pushed(self, response: Response, client: Client, digest: str) -> None:
+        self.assert_status(response, 201)
+        self.assertEqual(response.headers["Location"], f"/v2/{client.repository}/blobs/{digest}")
+        self.assertEqual(response.headers["Docker-Content-Digest"], digest)
+
+
+class DaemonTestCase(HTTPTestCase):
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.realpath(directory.name)
+
+    def start(self, *options: str, data: str = "") -> Daemon:
+        daemon = Daemon(data or self.path, *options)
+        daemon.start()
+        self.addCleanup(daemon.kill)
+        return daemon
+
+    def connect(self, daemon: Daemon) -> RawConnection:
+        connection = RawConnection(daemon.client.host)
+        self.addCleanup(connection.__exit__)
+        return connection
+
+    def request_in_flight(self, daemon: Daemon, method: str, path: str, length: int) -> RawConnection:
+        """A request whose body the daemon is waiting for."""
+        connection = self.connect(daemon)
+        path = daemon.client.path(path)
+        connection.request(method, path, f"Content-Length: {length}", "Expect: 100-continue")
+        self.assert_status(connection.read(), 100)
+        return connection
+
+    def assert_image(self, client: Client, image: Image, reference: str) -> None:
+        """The image is there, whole."""
+        response = client.get(f"manifests/{reference}")
+        self.assertEqual((response.status, response.body), (200, image.body), response)
+        for content in image.blobs:
+            self.assertEqual(client.get(f"blobs/{digest_of(content)}").body, content)
+
+
+def is_open(connection: RawConnection) -> bool:
+    """Whether nothing came on a connection that waits for nothing; its end would have."""
+    connection._socket.settimeout(0)
+    try:
+        return bool(connection._socket.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+# === Listings, page by page ===
+
+
+def next_page(response: Response) -> str | None:
+    """Where the Link of a listing leads, seen from the page it came with."""
+    if "Link" not in response.headers:
+        return None
+    link = re.fullmatch(r'<([^<>]+)>; ?rel="?next"?', response.headers["Link"])
+    if link is None:
+        raise AssertionError(f"malformed Link: {response}")
+    return urljoin(response.request.partition(" ")[2], link[1])
+
+
+def pages(client: Client, path: str, member: str) -> list[list[str]]:
+    """Every page of a listing, by following its links."""
+    found = []
+    following: str | None = client.path(path)
+    while following:
+        response = client.expect(200, "GET", following)
+        found.append(response.json[member])
+        following = next_page(response)
+        if len(found) > 100:
+            raise AssertionError(f"the pages do not end: {found[:5]}")
+    return found

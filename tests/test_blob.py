@@ -1,4 +1,4 @@
-"""Reading and deleting blobs: bytes, headers, ranges, conditions, links."""
+"""Reading blobs: bytes, headers, ranges."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import os
 from tests.support import (
     MALFORMED_DIGESTS,
     MEBIBYTE,
-    OCI_CONFIG,
     RegistryTestCase,
     Response,
-    descriptor,
     digest_of,
-    image_index,
-    image_manifest,
     unique,
 )
 
@@ -206,132 +202,3 @@ class RangeTest(RegistryTestCase):
             self.assert_status(response, 200)
             self.assertEqual(response.headers["Content-Length"], "10")
             self.assertNotIn("Content-Range", response.headers)
-
-
-class ConditionTest(RegistryTestCase):
-    def test_a_known_etag_saves_the_bytes(self) -> None:
-        digest = self.client.push_blob(unique())
-        etag = self.client.get(f"blobs/{digest}").headers["ETag"]
-        for condition in (etag, "*", f'"other", {etag}', f"W/{etag}"):
-            for method in ("GET", "HEAD"):
-                with self.subTest(condition, method=method):
-                    path, headers = f"blobs/{digest}", {"If-None-Match": condition}
-                    response = self.client.request(method, path, headers=headers)
-                    self.assert_status(response, 304)
-                    self.assertEqual(response.body, b"")
-                    self.assertEqual(response.headers["ETag"], etag)
-
-    def test_an_etag_is_quoted(self) -> None:
-        digest = self.client.push_blob(unique())
-        self.assertRegex(self.client.get(f"blobs/{digest}").headers["ETag"], r'\A"[!#-~]+"\Z')
-
-    def test_another_etag_gets_the_bytes(self) -> None:
-        content = unique()
-        digest = self.client.push_blob(content)
-        for condition in ('"other"', '"a", "b"', f'"{digest}x"', f'"{digest[:-1]}"', '""', ""):
-            with self.subTest(condition):
-                response = self.client.get(f"blobs/{digest}", {"If-None-Match": condition})
-                self.assert_status(response, 200)
-                self.assertEqual(response.body, content)
-
-    def test_the_condition_goes_before_the_range(self) -> None:
-        digest = self.client.push_blob(unique())
-        etag = self.client.get(f"blobs/{digest}").headers["ETag"]
-        both = {"If-None-Match": etag, "Range": "bytes=0-1"}
-        self.assert_status(self.client.get(f"blobs/{digest}", both), 304)
-
-    def test_no_condition_makes_an_unknown_blob_known(self) -> None:
-        digest = digest_of(b"unknown")
-        for condition in ("*", f'"{digest}"'):
-            with self.subTest(condition):
-                response = self.client.get(f"blobs/{digest}", {"If-None-Match": condition})
-                self.assert_error(response, 404)
-
-
-class DeleteBlobTest(RegistryTestCase):
-    def test_a_deleted_blob_is_gone_for_good(self) -> None:
-        for algorithm in ("sha256", "sha512"):
-            with self.subTest(algorithm):
-                digest = self.client.push_blob(unique(), algorithm)
-                self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
-                self.assert_error(self.client.get(f"blobs/{digest}"), 404)
-                self.assert_error(self.client.delete(f"blobs/{digest}"), 404)
-                self.assertEqual(self.data.links(digest), [])
-
-    def test_a_deleted_blob_can_be_pushed_again(self) -> None:
-        content = unique()
-        digest = self.client.push_blob(content)
-        self.client.expect(202, "DELETE", f"blobs/{digest}")
-        self.client.push_blob(content)
-        self.assert_blob(self.client, content)
-
-    def test_a_blob_deleted_here_stays_there(self) -> None:
-        content = unique()
-        digest = self.client.push_blob(content)
-        self.other.push_blob(content)
-        self.client.expect(202, "DELETE", f"blobs/{digest}")
-        self.assert_error(self.client.get(f"blobs/{digest}"), 404)
-        self.assert_blob(self.other, content)
-        self.assertEqual(self.data.links(digest), [self.other.repository])
-
-    def test_a_needed_blob_is_not_deleted(self) -> None:
-        image = self.client.push_image("latest", layers=2)
-        for content in image.blobs:
-            with self.subTest(content):
-                response = self.client.delete(f"blobs/{digest_of(content)}")
-                self.assert_error(response, 405, "DENIED")
-                self.assert_blob(self.client, content)
-
-    def test_a_blob_is_needed_until_the_last_manifest_goes(self) -> None:
-        config, layer = b"{}", unique()
-        self.client.push_blob(config)
-        digest = self.client.push_blob(layer)
-        manifests = [
-            self.client.push_manifest(
-                image_manifest(descriptor(config, OCI_CONFIG), [descriptor(layer)], annotations={"n": n})
-            )
-            for n in "123"
-        ]
-        for manifest in manifests:
-            self.assert_error(self.client.delete(f"blobs/{digest}"), 405, "DENIED")
-            self.client.expect(202, "DELETE", f"manifests/{manifest}")
-        self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
-
-    def test_a_manifest_pushed_twice_needs_its_blobs_once(self) -> None:
-        image = self.client.push_image("one")
-        self.client.push_manifest(image.body, "two")
-        self.client.push_manifest(image.body)
-        self.client.expect(202, "DELETE", f"manifests/{image.digest}")
-        for content in image.blobs:
-            self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
-
-    def test_only_manifests_of_the_repository_hold_its_blobs(self) -> None:
-        image = self.other.push_image("latest")
-        for content in image.blobs:
-            digest = self.client.push_blob(content)
-            self.assert_status(self.client.delete(f"blobs/{digest}"), 202)
-            self.assert_blob(self.other, content)
-
-    def test_a_blob_listed_in_an_index_is_not_deleted(self) -> None:
-        layer, config = unique(), unique("config")
-        for content in (layer, config):
-            self.client.push_blob(content)
-        cache = image_index(
-            [descriptor(layer), descriptor(config, "application/vnd.buildkit.cacheconfig.v0")]
-        )
-        manifest = self.client.push_manifest(cache, "cache")
-        for content in (layer, config):
-            self.assert_error(self.client.delete(f"blobs/{digest_of(content)}"), 405, "DENIED")
-        self.client.expect(202, "DELETE", f"manifests/{manifest}")
-        for content in (layer, config):
-            self.assert_status(self.client.delete(f"blobs/{digest_of(content)}"), 202)
-
-    def test_no_delete_leaves_a_tag_without_its_manifest(self) -> None:
-        image = self.client.push_image("latest")
-        response = self.client.delete(f"blobs/{image.digest}")
-        self.assert_status(response, 202, 404, 405)
-        manifest = self.client.get("manifests/latest")
-        self.assert_status(manifest, 404 if response.status == 202 else 200)
-        self.assert_status(self.client.get(f"manifests/{image.digest}"), manifest.status)
-        listed = self.client.get("tags/list").json.get("tags")
-        self.assertEqual(listed, ["latest"] if manifest.status == 200 else [])

@@ -24,9 +24,9 @@ from tests.support import (
     digest_of,
     image_index,
     image_manifest,
+    pages,
     unique,
 )
-from tests.test_tag import pages
 
 SBOM, SIGNATURE = "application/vnd.example.sbom+json", "application/vnd.example.signature.v1+json"
 EMPTY = digest_of(b"{}")

@@ -1,4 +1,4 @@
-"""The command: starting, refusing to start, stopping, being killed, coming back, sharing a directory."""
+"""The command: starting, refusing to start, stopping."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ from pathlib import Path
 from tests.support import (
     ROOT,
     TIMEOUT,
-    Client,
     Daemon,
-    DataDirectory,
-    HTTPTestCase,
-    Image,
+    DaemonTestCase,
     RawConnection,
     descriptor,
     digest_of,
@@ -34,11 +31,8 @@ from tests.support import (
     image_manifest,
     python,
     unique,
-    with_digest,
 )
 from tests.test_full_disk import REASON, mounted
-
-ACCESS_LINE = r"GET\b.*/v2/daemon/image/tags/list.*\b404\b"
 
 
 def has_ipv6() -> bool:
@@ -47,39 +41,6 @@ def has_ipv6() -> bool:
     except OSError:
         return False
     return True
-
-
-class DaemonTestCase(HTTPTestCase):
-    def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = os.path.realpath(directory.name)
-
-    def start(self, *options: str, data: str = "") -> Daemon:
-        daemon = Daemon(data or self.path, *options)
-        daemon.start()
-        self.addCleanup(daemon.kill)
-        return daemon
-
-    def connect(self, daemon: Daemon) -> RawConnection:
-        connection = RawConnection(daemon.client.host)
-        self.addCleanup(connection.__exit__)
-        return connection
-
-    def request_in_flight(self, daemon: Daemon, method: str, path: str, length: int) -> RawConnection:
-        """A request whose body the daemon is waiting for."""
-        connection = self.connect(daemon)
-        path = daemon.client.path(path)
-        connection.request(method, path, f"Content-Length: {length}", "Expect: 100-continue")
-        self.assert_status(connection.read(), 100)
-        return connection
-
-    def assert_image(self, client: Client, image: Image, reference: str) -> None:
-        """The image is there, whole."""
-        response = client.get(f"manifests/{reference}")
-        self.assertEqual((response.status, response.body), (200, image.body), response)
-        for content in image.blobs:
-            self.assertEqual(client.get(f"blobs/{digest_of(content)}").body, content)
 
 
 class StartTest(DaemonTestCase):
@@ -288,121 +249,6 @@ class OldVersionsTest(unittest.TestCase):
             self.assertEqual(os.listdir(data), ["registry.db"])
 
 
-class LogTest(DaemonTestCase):
-    def test_every_request_is_a_line(self) -> None:
-        daemon = self.start()
-        daemon.client.get("tags/list")
-        self.assertRegex(daemon.read_line(), ACCESS_LINE)
-        self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(daemon.remaining_output(), "")
-
-    def test_quiet_says_nothing_of_requests(self) -> None:
-        daemon = self.start("--quiet")
-        daemon.client.get("tags/list")
-        daemon.client.push_image("latest")
-        self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(daemon.remaining_output(), "")
-
-    def test_a_request_cannot_write_lines_of_its_own(self) -> None:
-        daemon = self.start()
-        for target in ("/v2/a%0Aforged/tags/list", "/v2/?forged=%0D%0Aforged"):
-            self.connect(daemon).request("GET", target, "User-Agent: a\tb \x1b[2J\x85c").read()
-        self.assertEqual(daemon.stop(), 0)
-        lines = daemon.remaining_output().split("\n")
-        self.assertEqual(len(lines), 2, lines)
-        for line in lines:
-            self.assertTrue(line.isprintable(), line)
-
-    def test_clients_that_go_away_leave_no_traceback(self) -> None:
-        daemon = self.start()
-        content = os.urandom(8_000_000)
-        daemon.client.push_blob(content)
-        blob = daemon.client.path(f"blobs/{digest_of(content)}")
-        single = daemon.client.path(f"blobs/uploads/?digest={digest_of(b'x')}")
-        session = daemon.client.open_upload()
-        for method, path in (
-            ("GET", blob),
-            ("POST", single),
-            ("PATCH", session),
-            ("PUT", with_digest(session, digest_of(b"x"))),
-            ("PUT", daemon.client.path("manifests/latest")),
-        ):
-            for framing in ("Content-Length: 1000000", "Transfer-Encoding: chunked"):
-                lines = () if method == "GET" else (framing,)
-                self.connect(daemon).request(method, path, *lines, body=b"5\r\nhello").reset()
-        for data in (b"", b"GET", b"\x16\x03\x01", b"GET /v2/ HTTP/1.1\r\n"):
-            self.connect(daemon).send(data).reset()
-        self.assertEqual(daemon.client.get(f"blobs/{digest_of(content)}").body, content)
-        self.assertEqual(daemon.stop(), 0)
-        self.assertNotIn("Traceback", daemon.remaining_output())
-
-
-class ClosedStreamsTest(DaemonTestCase):
-    """Standard streams that are closed, or that nobody reads, keep nothing from working."""
-
-    ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")
-    ALL_CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
-
-    def start_under(self, *under: str) -> Daemon:
-        daemon = Daemon(self.path, under=under)
-        daemon.start()
-        self.addCleanup(daemon.kill)
-        return daemon
-
-    def test_without_standard_error_a_connection_serves_on_even_after_an_internal_error(self) -> None:
-        daemon = self.start_under(*self.ERROR_CLOSED)
-        digest = daemon.client.push_blob(os.urandom(100_000))
-        directory = Path(self.path, "blobs", "sha256")
-        directory.rename(f"{directory}-away")
-        directory.write_bytes(b"")
-        with daemon.client.keep_alive() as client:
-            for _ in range(2):
-                self.assert_status(client.get("tags/list"), 200)
-                self.assert_status(client.get(f"blobs/{digest}"), 500)
-
-    @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
-    def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:
-        port = free_port()
-        command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
-        process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.terminate)  # killed, it would not wait for its workers
-        client = Client(f"127.0.0.1:{port}", "a/b")
-        while True:  # there is no line to wait for
-            with contextlib.suppress(ConnectionRefusedError):
-                client.push_image("latest")
-                break
-            self.assertIsNone(process.poll())
-        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
-        self.assertEqual(streams, [os.devnull] * 3)
-
-    def test_commands_work_without_standard_streams(self) -> None:
-        daemon = self.start("--quiet")
-        daemon.client.push_image("latest")
-        for under in (self.ERROR_CLOSED, self.ALL_CLOSED):
-            for command in ("verify", "gc"):
-                with self.subTest(command, under=under):
-                    arguments = [*under, sys.executable, "registry.py", command, "--data", self.path]
-                    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, check=False)
-                    self.assertEqual(done.returncode, 0)
-
-    def test_a_repair_goes_on_when_nobody_reads_what_it_says(self) -> None:
-        client = self.start("--quiet").client
-        image = client.push_image("latest", layers=3)
-        for content in image.layers[:2]:
-            Path(self.path, "blobs", digest_of(content).replace(":", "/")).write_bytes(b"damaged")
-        reader, writer = os.pipe()
-        os.close(reader)
-        command = [sys.executable, "registry.py", "verify", "--repair", "--data", self.path]
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-        )
-        os.close(writer)
-        self.assertEqual((done.returncode, done.stderr), (1, ""))
-        found = [client.head(f"blobs/{digest_of(content)}").status for content in image.layers]
-        self.assertEqual(found, [404, 404, 200])
-
-
 class StopTest(DaemonTestCase):
     def test_sigterm_lets_a_request_finish(self) -> None:
         content = unique()
@@ -478,137 +324,6 @@ class StopTest(DaemonTestCase):
             daemon = self.start("--port", port)
             self.connect(daemon).request("GET", "/v2/").read()
             self.assertEqual(daemon.stop(), 0)
-
-
-class RestartTest(DaemonTestCase):
-    def test_everything_pushed_survives_a_kill(self) -> None:
-        daemon = self.start()
-        image = daemon.client.push_image("latest")
-        daemon.client.push_manifest(image.body, "other")
-        daemon.client.push_blob(b"{}")
-        referrer = image_manifest(descriptor(b"{}"), subject=image.descriptor)
-        digest = daemon.client.push_manifest(referrer)
-        big = os.urandom(3_000_000)
-        daemon.client.at("another").push_blob(big, "sha512")
-        daemon.client.push_image("deleted")
-        daemon.client.expect(202, "DELETE", "manifests/deleted")
-        daemon.kill()
-        client = self.start().client
-        for reference in ("latest", "other", image.digest):
-            self.assert_image(client, image, reference)
-        self.assertEqual(client.get("tags/list").json["tags"], ["latest", "other"])
-        referrers = client.get(f"referrers/{image.digest}").json["manifests"]
-        self.assertEqual([each["digest"] for each in referrers], [digest])
-        self.assertEqual(client.at("another").get(f"blobs/{digest_of(big, 'sha512')}").body, big)
-        self.assertEqual(client.get("/v2/_catalog").json["repositories"], ["another", "daemon/image"])
-
-    def test_an_upload_goes_on_after_a_kill(self) -> None:
-        content = os.urandom(1_000_000)
-        for algorithm in ("sha256", "sha512"):
-            for hint in ("", f"?digest-algorithm={algorithm}"):
-                with self.subTest(algorithm, hint=hint):
-                    daemon = self.start()
-                    location = daemon.client.open_upload(hint)
-                    daemon.client.expect(202, "PATCH", location, content[:400_000])
-                    daemon.kill()
-                    client = self.start().client
-                    self.assertEqual(client.expect(204, "GET", location).headers["Range"], "0-399999")
-                    headers = {"Content-Range": "400000-899999"}
-                    client.expect(202, "PATCH", location, content[400_000:900_000], headers)
-                    digest = digest_of(content, algorithm)
-                    client.expect(201, "PUT", with_digest(location, digest), content[900_000:])
-                    self.assertEqual(client.get(f"blobs/{digest}").body, content)
-                    client.expect(202, "DELETE", f"blobs/{digest}")
-
-    def test_an_upload_killed_in_mid_body_goes_on_from_what_arrived(self) -> None:
-        content = os.urandom(1_000_000)
-        daemon = self.start()
-        location = daemon.client.open_upload()
-        daemon.client.expect(202, "PATCH", location, content[:1000])
-        connection = self.request_in_flight(daemon, "PATCH", location, 999_000)
-        connection.send(content[1000:700_000])
-        daemon.kill()
-        client = self.start().client
-        offset = int(client.expect(204, "GET", location).headers["Range"].partition("-")[2]) + 1
-        self.assertIn(offset, range(1000, 700_001))
-        client.expect(202, "PATCH", location, content[offset:], {"Content-Range": f"{offset}-999999"})
-        client.expect(201, "PUT", with_digest(location, digest_of(content)))
-        self.assertEqual(client.get(f"blobs/{digest_of(content)}").body, content)
-
-    def test_a_single_post_killed_in_mid_body_leaves_nothing_to_see(self) -> None:
-        content = os.urandom(100_000)
-        digest = digest_of(content)
-        daemon = self.start()
-        connection = self.request_in_flight(daemon, "POST", f"blobs/uploads/?digest={digest}", 100_000)
-        connection.send(content[:60_000])
-        daemon.kill()
-        client = self.start().client
-        self.assert_error(client.get(f"blobs/{digest}"), 404)
-        self.assertNotIn(digest, DataDirectory(self.path).recorded())
-        client.push_blob(content)
-        self.assertEqual(client.get(f"blobs/{digest}").body, content)
-
-    def test_a_cancelled_upload_stays_cancelled(self) -> None:
-        daemon = self.start()
-        location = daemon.client.open_upload()
-        daemon.client.expect(204, "DELETE", location)
-        daemon.kill()
-        self.assert_error(self.start().client.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
-
-
-class SharedDirectoryTest(DaemonTestCase):
-    """Two daemons on one data directory."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.one, self.two = self.start().client, self.start().client
-
-    def test_each_sees_what_is_pushed_to_the_other(self) -> None:
-        for here, there in ((self.one, self.two), (self.two, self.one)):
-            image = here.push_image("latest")
-            self.assert_image(there, image, "latest")
-            self.assert_image(there, image, image.digest)
-
-    def test_each_sees_what_is_deleted_from_the_other(self) -> None:
-        image = self.one.push_image("latest")
-        self.assert_image(self.two, image, "latest")
-        self.one.expect(202, "DELETE", f"manifests/{image.digest}")
-        self.one.expect(202, "DELETE", f"blobs/{digest_of(image.config)}")
-        for client in (self.two, self.one):
-            for path in (
-                "manifests/latest",
-                f"manifests/{image.digest}",
-                f"blobs/{digest_of(image.config)}",
-            ):
-                self.assert_error(client.get(path), 404)
-
-    def test_an_upload_may_change_daemons_between_pieces(self) -> None:
-        content = os.urandom(500_000)
-        for algorithm in ("sha256", "sha512"):
-            with self.subTest(algorithm):
-                location = self.one.open_upload()
-                for start, client in (
-                    (0, self.one),
-                    (100_000, self.two),
-                    (200_000, self.one),
-                    (300_000, self.one),
-                ):
-                    piece = content[start : start + 100_000]
-                    headers = {"Content-Range": f"{start}-{start + 99_999}"}
-                    client.expect(202, "PATCH", location, piece, headers)
-                digest = digest_of(content, algorithm)
-                self.two.expect(201, "PUT", with_digest(location, digest), content[400_000:])
-                self.assertEqual(self.one.get(f"blobs/{digest}").body, content)
-                self.assert_error(self.one.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
-
-    def test_a_tag_moved_by_one_is_moved_for_the_other(self) -> None:
-        for here in (self.one, self.two, self.one):
-            image = here.push_image("latest")
-            for client in (self.one, self.two):
-                self.assertEqual(client.get("manifests/latest").body, image.body)
-                self.assertEqual(
-                    client.head("manifests/latest").headers["Docker-Content-Digest"], image.digest
-                )
 
 
 class ProgramTest(unittest.TestCase):

@@ -1,17 +1,30 @@
-"""A read-only daemon on a directory or a disk that it cannot write to, beside one that writes, and alone."""
+"""A read-only daemon: what it refuses, and where it cannot write itself, alone or beside one that does."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
+from collections.abc import Iterator
 from pathlib import Path
 
 from registry import Registry
-from tests.support import ROOT, Client, Daemon, HTTPTestCase, Image, digest_of, free_port
+from tests.access import GRANTS, AccessTestCase, user
+from tests.support import (
+    ROOT,
+    Client,
+    Daemon,
+    HTTPTestCase,
+    Image,
+    digest_of,
+    free_port,
+    python,
+    with_digest,
+)
 
 NOBODY = 65534
 AS_NOBODY = f"""
@@ -172,5 +185,94 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                     self.assertEqual(list(temporary.iterdir()), [])
 
 
-if __name__ == "__main__":
-    unittest.main()
+def can_remount() -> bool:
+    """Whether a mount namespace can be made here."""
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+class ReadOnlyTest(AccessTestCase):
+    def fill(self) -> Client:
+        self.data.path.mkdir(exist_ok=True)
+        client = self.serve_anybody()
+        self.image = client.push_image("latest")
+        return client
+
+    def writes(self, session: str) -> list[tuple[str, str]]:
+        """A request for every route that changes something."""
+        digest = digest_of(b"x")
+        return [
+            ("PUT", "manifests/latest"),
+            ("DELETE", "manifests/latest"),
+            ("DELETE", f"manifests/{self.image.digest}"),
+            ("POST", "blobs/uploads/"),
+            ("POST", f"blobs/uploads/?digest={digest}"),
+            ("POST", f"blobs/uploads/?mount={digest_of(self.image.config)}&from=team/app"),
+            ("PATCH", session),
+            ("PUT", with_digest(session, digest)),
+            ("DELETE", session),
+            ("DELETE", f"blobs/{digest_of(self.image.config)}"),
+        ]
+
+    def assert_only_reads(self, client: Client, session: str) -> None:
+        for method, path in self.writes(session):
+            with self.subTest(method, path=path):
+                body = b"x" if method in ("PUT", "POST", "PATCH") else None
+                self.assert_error(client.request(method, path, body), 405, "UNSUPPORTED")
+        self.assertEqual(client.get("manifests/latest").body, self.image.body)
+        for blob in self.image.blobs:
+            self.assertEqual(client.get(f"blobs/{digest_of(blob)}").body, blob)
+            self.assertEqual(client.head(f"blobs/{digest_of(blob)}").status, 200)
+        self.assertEqual(client.get("tags/list").json["tags"], ["latest"])
+        self.assertEqual(client.get("/v2/_catalog").json["repositories"], ["team/app"])
+        self.assertEqual(client.get(f"referrers/{self.image.digest}").status, 200)
+
+    def test_every_write_is_405_and_every_read_works(self) -> None:
+        session = self.fill().open_upload()
+        client = self.serve(users=None, read_only=True)
+        before = self.data.files(), self.data.unfinished()
+        self.assert_only_reads(client, session)
+        for path, methods in (("manifests/latest", "GET, HEAD"), ("blobs/uploads/", ""), (session, "")):
+            self.assertEqual(client.request("BREW", path).headers["Allow"], methods)
+            self.assertEqual(client.put(path, b"x").headers["Allow"], methods)
+        self.assertEqual((self.data.files(), self.data.unfinished()), before)
+
+    def test_users_are_asked_for_all_the_same(self) -> None:
+        self.fill()
+        client = self.serve(GRANTS, read_only=True)
+        self.assert_status(client.get("manifests/latest"), 401)
+        self.assert_status(client.as_caller(user("puller")).get("manifests/latest"), 200)
+        token = client.as_caller(user("puller")).bearer("repository:team/app:pull")
+        self.assert_status(client.as_caller(token).get("manifests/latest"), 200)
+        self.assert_error(client.as_caller(user("deleter")).post("blobs/uploads/"), 405, "UNSUPPORTED")
+
+    def test_it_needs_data_to_serve(self) -> None:
+        options = ("--read-only", "--port", "0", "--data", str(self.directory / "absent"))
+        done = python("registry.py", *options)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertFalse((self.directory / "absent").exists())
+
+    @unittest.skipUnless(can_remount(), "needs root's rights and unshare")
+    def test_the_disk_may_be_read_only(self) -> None:
+        session = self.fill().open_upload()
+        self.resources.enter_context(self.daemon_on_read_only_disk())
+        self.assert_only_reads(Client(self.host, "team/app"), session)
+
+    @contextlib.contextmanager
+    def daemon_on_read_only_disk(self) -> Iterator[None]:
+        """A daemon to which the data directory is mounted read-only."""
+        data, port = str(self.data.path), str(free_port())
+        self.host = f"127.0.0.1:{port}"
+        script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+        command = [sys.executable, str(ROOT / "registry.py"), "--read-only", "--port", port, "--data", data]
+        with subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script, "sh", data, *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) as process:  # fmt: skip
+            try:
+                self.assertIn("Serving", process.stdout.readline())
+                yield
+            finally:
+                process.kill()

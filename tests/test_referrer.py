@@ -21,8 +21,8 @@ from tests.support import (
     encode,
     image_index,
     image_manifest,
+    next_page,
 )
-from tests.test_tag import next_page
 
 SBOM = "application/vnd.example.sbom+json"
 SIGNATURE = "application/vnd.example.signature.v1+json"

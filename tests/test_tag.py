@@ -1,13 +1,92 @@
-"""Listing tags and repositories, page by page."""
+"""Tags: setting several with a push, moving them, listing them page by page."""
 
 from __future__ import annotations
 
-import re
-import tempfile
-from urllib.parse import quote, urljoin
+from tests.manifests import ManifestTestCase
+from tests.support import (
+    OCI_MANIFEST,
+    RegistryTestCase,
+    Response,
+    digest_of,
+    encode,
+    pages,
+)
 
-from registry import Registry
-from tests.support import Client, HTTPTestCase, RegistryTestCase, Response, digest_of, unique
+
+class TagsOfAPushTest(ManifestTestCase):
+    """PUT by digest with ?tag=, and what may be a tag."""
+
+    def push_with(self, body: bytes, tags: list[str], algorithm: str = "sha256") -> Response:
+        query = "&".join(f"tag={tag}" for tag in tags)
+        return self.put(body, f"{digest_of(body, algorithm)}?{query}")
+
+    def test_every_tag_is_set_and_acknowledged(self) -> None:
+        for algorithm in ("sha256", "sha512"):
+            for count in (1, 2, 10):
+                with self.subTest(algorithm, count=count):
+                    body = encode(self.manifest(annotations={"n": f"{algorithm} {count}"}))
+                    tags = [f"{algorithm}-{count}.{n}" for n in range(count)]
+                    response = self.push_with(body, tags, algorithm)
+                    self.assert_status(response, 201)
+                    self.assertEqual(self.acknowledged(response), sorted(tags))
+                    for tag in tags:
+                        self.assert_served(tag, body, OCI_MANIFEST, digest_of(body, algorithm))
+
+    def acknowledged(self, response: Response) -> list[str]:
+        lines = ", ".join(response.headers.getall("OCI-Tag"))
+        return sorted(tag.strip() for tag in lines.split(","))
+
+    def test_a_tag_moves_here_from_another_manifest(self) -> None:
+        first, second = encode(self.manifest()), encode(self.manifest(annotations={"n": "2"}))
+        self.client.push_manifest(first, "tag")
+        self.assert_status(self.push_with(second, ["tag"]), 201)
+        self.assert_served("tag", second, OCI_MANIFEST)
+        self.assert_served(digest_of(first), first, OCI_MANIFEST)
+
+    def test_a_bad_tag_among_good_ones_stores_nothing(self) -> None:
+        body = encode(self.manifest())
+        for bad in ("-bad", "t" * 129, "a%2Fb", "a%0A", "sha256:abc"):
+            with self.subTest(bad):
+                self.assert_error(self.push_with(body, ["good", bad]), 400)
+                self.assert_nothing_stored(body)
+                self.assert_error(self.client.get("manifests/good"), 404)
+
+    def test_more_tags_than_a_request_line_holds_are_414(self) -> None:
+        body = encode(self.manifest())
+        self.assert_status(self.push_with(body, ["t" * 120 + str(n) for n in range(100)]), 414)
+        self.assert_nothing_stored(body)
+
+    def test_legal_tags_are_accepted(self) -> None:
+        body = encode(self.manifest())
+        for tag in (
+            "a",
+            "_",
+            "0",
+            "A.b-c_D",
+            "_-.",
+            "t" * 128,
+            f"sha256-{'a' * 64}",
+            f"sha512-{'a' * 128}"[:128],
+        ):
+            with self.subTest(tag):
+                self.assert_status(self.put(body, tag), 201)
+                self.assert_served(tag, body, OCI_MANIFEST)
+
+    def test_tags_are_told_apart_by_case(self) -> None:
+        lower, upper = encode(self.manifest()), encode(self.manifest(annotations={"n": "2"}))
+        self.client.push_manifest(lower, "tag")
+        self.client.push_manifest(upper, "TAG")
+        self.assert_served("tag", lower, OCI_MANIFEST)
+        self.assert_served("TAG", upper, OCI_MANIFEST)
+
+    def test_a_tag_moves_and_the_old_manifest_stays(self) -> None:
+        bodies = [encode(self.manifest(annotations={"n": n})) for n in "1231"]
+        for body in bodies:
+            self.client.push_manifest(body, "tag")
+            self.assert_served("tag", body, OCI_MANIFEST)
+        for body in bodies:
+            self.assert_served(digest_of(body), body, OCI_MANIFEST)
+
 
 BAD_COUNTS = (
     "-1",
@@ -24,29 +103,6 @@ BAD_COUNTS = (
     "1,2",
 )
 HUGE_COUNTS = ("99999", str(2**63), str(10**30))
-
-
-def next_page(response: Response) -> str | None:
-    """Where the Link of a listing leads, seen from the page it came with."""
-    if "Link" not in response.headers:
-        return None
-    link = re.fullmatch(r'<([^<>]+)>; ?rel="?next"?', response.headers["Link"])
-    if link is None:
-        raise AssertionError(f"malformed Link: {response}")
-    return urljoin(response.request.partition(" ")[2], link[1])
-
-
-def pages(client: Client, path: str, member: str) -> list[list[str]]:
-    """Every page of a listing, by following its links."""
-    found = []
-    following: str | None = client.path(path)
-    while following:
-        response = client.expect(200, "GET", following)
-        found.append(response.json[member])
-        following = next_page(response)
-        if len(found) > 100:
-            raise AssertionError(f"the pages do not end: {found[:5]}")
-    return found
 
 
 class TagListTest(RegistryTestCase):
@@ -156,65 +212,3 @@ class TagListTest(RegistryTestCase):
             with self.subTest(query):
                 response = self.client.at("unheard/of").get(f"tags/list{query}")
                 self.assert_error(response, 404, "NAME_UNKNOWN")
-
-
-class CatalogTest(HTTPTestCase):
-    NAMES = ("0", "a", "a-b", "a.b", "a/b", "a/b/c", "a1", "a_b", "ab", "b/blobs/uploads", "z")
-
-    def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        registry = Registry(data=directory.name)
-        self.client = Client(registry.__enter__().netloc)
-        self.addCleanup(registry.__exit__, None, None, None)
-
-    def push(self) -> None:
-        for name in reversed(self.NAMES):
-            self.client.at(name).push_image("latest")
-
-    def catalog(self, query: str = "") -> list[str]:
-        return self.client.expect(200, "GET", f"/v2/_catalog{query}").json["repositories"]
-
-    def test_an_empty_registry_has_an_empty_catalog(self) -> None:
-        self.assertEqual(self.client.get("/v2/_catalog").json, {"repositories": []})
-
-    def test_repositories_are_listed_in_byte_order_page_by_page(self) -> None:
-        self.push()
-        ordered = sorted(self.NAMES, key=str.encode)
-        self.assertEqual(self.catalog(), ordered)
-        for count in (1, 3, 10, 11, 100):
-            with self.subTest(count):
-                found = pages(self.client, f"/v2/_catalog?n={count}", "repositories")
-                self.assertEqual([name for page in found for name in page], ordered)
-                self.assertEqual(found[0], ordered[:count])
-                self.assertGreater(len(found[-1]), 0)
-
-    def test_last_is_where_the_catalog_goes_on(self) -> None:
-        self.push()
-        ordered = sorted(self.NAMES, key=str.encode)
-        for last in (*ordered, "a/a", "aa", "zz", ""):
-            with self.subTest(last):
-                expected = [name for name in ordered if name > last]
-                for encoded in (last, quote(last, safe="")):
-                    self.assertEqual(self.catalog(f"?last={encoded}"), expected)
-                    self.assertEqual(self.catalog(f"?n=2&last={encoded}"), expected[:2])
-
-    def test_counts_mean_what_they_mean_for_tags(self) -> None:
-        self.push()
-        response = self.client.get("/v2/_catalog?n=0")
-        self.assertEqual(response.json, {"repositories": []})
-        self.assertNotIn("Link", response.headers)
-        for count in HUGE_COUNTS:
-            self.assertEqual(len(self.catalog(f"?n={count}")), len(self.NAMES))
-        for count in BAD_COUNTS:
-            with self.subTest(count):
-                self.assert_error(self.client.get(f"/v2/_catalog?n={count}"), 400)
-
-    def test_what_was_never_pushed_is_not_listed(self) -> None:
-        client = self.client.at("never/pushed")
-        client.get("tags/list")
-        client.get(f"blobs/{digest_of(b'')}")
-        client.get(f"referrers/{digest_of(b'')}")
-        client.post(f"blobs/uploads/?digest={digest_of(b'')}", unique())
-        client.put_manifest(b"not JSON", "tag", "application/json")
-        self.assertEqual(self.catalog(), [])

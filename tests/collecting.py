@@ -1,0 +1,65 @@
+"""What the tests of garbage collection share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tests import upkeep
+from tests.support import (
+    Client,
+    Image,
+    RegistryTestCase,
+    digest_of,
+    encode,
+    image_index,
+)
+from tests.upkeep import DAY
+
+
+def add_garbage(data: Path, count: int) -> None:
+    """Rows of so many blobs of the first repository that nothing needs, for long, whose files are gone."""
+    numbers = f"WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT {count})"
+    digest = "printf('sha256:%064d', n)"
+    upkeep.change(data, f"INSERT INTO blobs {numbers} SELECT {digest}, 1 FROM n")
+    columns = "repository_id, digest, leased_at, needed_by"
+    links = f"{numbers} SELECT 1, {digest}, 0, 0 FROM n"
+    upkeep.change(data, f"INSERT INTO repository_blobs ({columns}) {links}")
+
+
+class CollectionTestCase(RegistryTestCase):
+    """Collects in process, on contents that have grown old."""
+
+    options: ClassVar[dict[str, Any]] = {"sync": False}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Each test has a registry of its own, since a collection sees all repositories."""
+
+    def setUp(self) -> None:
+        super().setUpClass()
+        self.addCleanup(self.doClassCleanups)
+        super().setUp()
+
+    def collect(self, *, age: float = DAY, **policy: Any) -> list[str]:
+        """Let everything be this old, collect, and return the digests of what went."""
+        upkeep.everything(self.data.path, age)
+        removed = upkeep.collect(self.registry.store, **policy)
+        self.assert_consistent()
+        return [digest for _, digest in removed]
+
+    def assert_lives(self, image: Image, reference: str = "", client: Client | None = None) -> None:
+        client = client or self.client
+        manifest = client.expect(200, "GET", f"manifests/{reference or image.digest}")
+        self.assertEqual(manifest.body, image.body)
+        for content in image.blobs:
+            self.assert_blob(client, content)
+
+    def assert_gone(self, *contents: bytes) -> None:
+        for content in contents:
+            self.assert_no_blob(self.client, digest_of(content))
+
+    def push_index(self, *children: dict, tag: str = "", **more: Any) -> bytes:
+        body = encode(image_index(children, **more))
+        self.client.push_manifest(body, tag)
+        return body

@@ -1,0 +1,267 @@
+"""`python registry.py gc` and the daemon's own collections, and how they are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import registry
+from tests import upkeep
+from tests.collecting import CollectionTestCase, add_garbage
+from tests.support import (
+    ROOT,
+    TIMEOUT,
+    Client,
+    Daemon,
+    DataDirectory,
+    digest_of,
+    python,
+    run_at_once,
+    unique,
+)
+from tests.upkeep import DAY, HOUR, MINUTE
+
+
+class Stopping(CollectionTestCase):
+    """A collection reports as it goes, and can be stopped between two batches."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client.push_blob(unique())
+
+    def test_what_was_removed_is_not_kept_in_memory(self) -> None:
+        add_garbage(self.data.path, 1000)
+        reported, kept = 0, []
+
+        def count(_removal: Any) -> None:
+            nonlocal reported
+            reported += 1
+            if reported % 250 == 0:
+                kept.append(sum(type(each) is registry.Removal for each in gc.get_objects()))
+
+        registry.Collector(self.registry.store, registry.Policy(), count).run()
+        self.assertEqual((reported, len(kept)), (1000, 4))
+        self.assertLessEqual(max(kept), registry.BATCH)
+
+    def test_it_stops_between_batches_with_all_reported_that_is_gone(self) -> None:
+        add_garbage(self.data.path, 1000)
+        reported: list[Any] = []
+        collector = registry.Collector(
+            self.registry.store, registry.Policy(), reported.append, stopped=lambda: len(reported) > 150
+        )
+        collector.run()
+        ((left,),) = self.data.rows("SELECT count(*) FROM blobs")
+        self.assertEqual((len(reported), left), (200, 801))
+
+    def test_closing_does_not_wait_for_the_rest(self) -> None:
+        add_garbage(self.data.path, 20_000)
+        begun = threading.Event()
+        with mock.patch.object(registry.Files, "remove", lambda *_: begun.set()):
+            collecting = registry.Registry(data=str(self.data.path), sync=False, gc_interval=0.001)
+            collecting.start()
+            self.assertTrue(begun.wait(TIMEOUT))
+            collecting.close()
+        ((left,),) = self.data.rows("SELECT count(*) FROM blobs WHERE size = 1")
+        self.assertGreater(left, 0)
+
+
+class Command(unittest.TestCase):
+    """`python registry.py gc`, beside a running daemon."""
+
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.data = DataDirectory(directory.name)
+        self.daemon = Daemon(directory.name, "--quiet", "--gc-interval", "0")
+        self.addCleanup(self.daemon.kill)
+        self.daemon.start()
+        self.client = self.daemon.client
+
+    def gc(self, *options: str) -> tuple[int, list[str], str]:
+        done = python("registry.py", "gc", "--data", str(self.data.path), *options)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    def test_it_prints_what_it_removed_and_how_many_bytes_that_freed(self) -> None:
+        content = unique().ljust(12_345, b".")
+        digest = self.client.push_blob(content)
+        kept = self.client.push_image("v1")
+        upkeep.everything(self.data.path, DAY)
+        for options in (("--dry-run",), ()):
+            with self.subTest(options):
+                self.assertIn(digest, self.data.files())
+                status, lines, errors = self.gc(*options)
+                self.assertEqual((status, errors), (0, ""))
+                self.assertEqual(len([line for line in lines if digest in line]), 1, lines)
+                self.assertNotIn(kept.digest, "\n".join(lines))
+                self.assertIn("12345", re.findall(r"\d+", lines[-1]))
+        self.assertNotIn(digest, self.data.files())
+        self.assertEqual(self.client.head(f"blobs/{digest}").status, 404)
+        self.client.push_blob(content)
+
+    def test_the_running_daemon_serves_nothing_of_what_was_removed(self) -> None:
+        image = self.client.push_image()
+        self.client.expect(200, "GET", f"manifests/{image.digest}")
+        upkeep.everything(self.data.path, DAY)
+        self.gc("--untagged-after", "1h")
+        for path in (f"manifests/{image.digest}", f"blobs/{digest_of(image.config)}"):
+            self.assertEqual(self.client.get(path).status, 404)
+
+    def test_with_nothing_to_do_it_succeeds(self) -> None:
+        status, lines, _ = self.gc()
+        self.assertEqual((status, len(lines)), (0, 1))
+
+    def test_it_goes_on_when_nobody_reads_what_it_prints(self) -> None:
+        with self.client.keep_alive() as client:
+            for _ in range(120):
+                client.push_blob(unique())
+        upkeep.everything(self.data.path, DAY)
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            command = [sys.executable, "registry.py", "gc", "--data", str(self.data.path)]
+            done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+        finally:
+            os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(self.data.files(), {})
+
+    def test_all_walks_over_the_files_too(self) -> None:
+        left = self.data.path / "blobs" / "sha256" / ("3" * 64)
+        left.write_bytes(b"left by a crash")
+        self.assertEqual(self.gc("--all")[1], ["removed nothing"], "it is young")
+        tomorrow, printed = time.time() + DAY, io.StringIO()
+        with mock.patch("time.time", lambda: tomorrow), contextlib.redirect_stdout(printed):
+            for options in ((), ("--all", "--dry-run"), ("--all",)):
+                self.assertTrue(left.exists())
+                self.assertEqual(registry.main(["gc", "--data", str(self.data.path), *options]), 0)
+        self.assertFalse(left.exists())
+        self.assertEqual(printed.getvalue().count(left.name), 2)
+
+    def test_a_dry_run_that_is_stopped_leaves_no_copy(self) -> None:
+        self.client.push_blob(unique())
+        add_garbage(self.data.path, 2000)  # to say so takes more than a pipe holds
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "registry.py", "gc", "--dry-run", "--data", str(self.data.path)]
+            environment = {**os.environ, "TMPDIR": temporary}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+            process.stdout.readline()
+            self.assertNotEqual(os.listdir(temporary), [])
+            process.terminate()
+            process.communicate(timeout=TIMEOUT)
+            self.assertEqual((process.returncode, os.listdir(temporary)), (128 + signal.SIGTERM, []))
+
+    def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
+        with tempfile.TemporaryDirectory() as parent:
+            done = python("registry.py", "gc", "--data", f"{parent}/nothing")
+            self.assertNotEqual(done.returncode, 0)
+            self.assertNotIn("Traceback", done.stderr)
+            self.assertEqual(list(Path(parent).iterdir()), [])
+
+    def test_a_grace_too_short_for_a_push_is_refused(self) -> None:
+        for grace, status in (("9s", 2), ("10s", 0), ("0", 2), ("-1h", 2), ("soon", 2)):
+            with self.subTest(grace):
+                self.assertEqual(self.gc(f"--grace={grace}")[0], status)
+
+    def test_durations_and_sizes_have_units(self) -> None:
+        for options in (
+            ("--untagged-after", "7d"),
+            ("--untagged-after", "90m"),
+            ("--max-size", "50G"),
+            ("--max-size", "64M"),
+            ("--keep-last", "3"),
+        ):
+            with self.subTest(options):
+                self.assertEqual(self.gc(*options)[0], 0)
+        for options in (("--untagged-after", "7 weeks"), ("--max-size", "big"), ("--keep-last", "some")):
+            with self.subTest(options):
+                self.assertEqual(self.gc(*options)[0], 2)
+
+    def test_pushes_from_another_process_never_miss_a_blob_while_collections_run(self) -> None:
+        """Each round leaves garbage that the next one relies on after asking for it."""
+        image = self.client.push_image("v1", layers=3)
+        finished = threading.Event()
+
+        def push_again_and_again() -> None:
+            try:
+                for _ in range(20):
+                    self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+                    upkeep.everything(self.data.path, HOUR)
+                    for content in image.blobs:
+                        if self.client.head(f"blobs/{digest_of(content)}").status == 404:
+                            self.client.push_blob(content)
+                    self.client.push_manifest(image.body, "v1")
+            finally:
+                finished.set()
+
+        def collect() -> int:
+            runs = 0
+            with upkeep.opened(self.data.path) as store:
+                while not finished.is_set():
+                    upkeep.collect(store, grace=30 * MINUTE)
+                    runs += 1
+            return runs
+
+        _, runs = run_at_once(push_again_and_again, collect)
+        self.assertGreater(runs, 0)
+        for content in image.blobs:
+            self.assertEqual(self.client.expect(200, "GET", f"blobs/{digest_of(content)}").body, content)
+
+
+class Housekeeping(unittest.TestCase):
+    """The daemon collects by itself."""
+
+    def test_it_collects_at_its_interval(self) -> None:
+        with tempfile.TemporaryDirectory() as data:
+            options = ("--gc-interval", "1s", "--grace", "10s", "--untagged-after", "10s")
+            with Daemon(data, *options) as daemon:
+                image = daemon.client.push_image()
+                kept = daemon.client.push_image("v1")
+                upkeep.everything(Path(data), HOUR)
+                line = daemon.read_line()
+                while "gc removed" not in line:  # after the lines of the access log
+                    line = daemon.read_line()
+                self.assertEqual(daemon.client.head(f"manifests/{image.digest}").status, 404)
+                daemon.client.expect(200, "GET", f"manifests/{kept.digest}")
+
+    def test_it_collects_though_it_is_restarted_more_often_than_that(self) -> None:
+        """An hour after the last collection, whichever process did that; the first start counts as one."""
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with tempfile.TemporaryDirectory() as data:
+            options = {"data": data, "sync": False, "gc_interval": HOUR, "log": lines.put}
+            with registry.Registry(**options) as running:
+                Client(running.netloc, "daemon/image").push_blob(unique())
+            first = os.stat(f"{data}/last-gc").st_mtime
+            for last in (first - HOUR - 1, first + 900 * DAY):  # or so says a clock that was ahead
+                upkeep.everything(Path(data), DAY)
+                os.utime(f"{data}/last-gc", (last, last))
+                with registry.Registry(**options) as running:
+                    while "gc removed" not in lines.get(timeout=TIMEOUT):
+                        pass
+                    Client(running.netloc, "daemon/image").push_blob(unique())
+                self.assertLess(abs(os.stat(f"{data}/last-gc").st_mtime - first), HOUR)
+
+    def test_it_walks_over_the_files_once_a_day(self) -> None:
+        now = time.time()
+        with tempfile.TemporaryDirectory() as data, registry.Registry(data=data, sync=False) as running:
+            file = Path(data) / "blobs" / "sha256" / ("3" * 64)
+            for collected, walks in ((now, True), (now + DAY, False), (now + 3 * DAY, True)):
+                file.write_bytes(b"left by a crash")
+                running.store.files.note_collection()
+                os.utime(f"{data}/last-gc", (collected, collected))
+                with mock.patch("time.time", lambda: now + DAY):
+                    running._collect_garbage(threading.Event())
+                self.assertEqual(file.exists(), not walks)

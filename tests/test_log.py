@@ -1,0 +1,258 @@
+"""What the daemon writes: its log, line by line, and standard streams that are closed."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from tests.support import (
+    ROOT,
+    Client,
+    Daemon,
+    DaemonTestCase,
+    HTTPTestCase,
+    RawConnection,
+    descriptor,
+    digest_of,
+    encode,
+    free_port,
+    image_manifest,
+    with_digest,
+)
+
+
+class InjectionTest(HTTPTestCase):
+    """What a client sends never ends up raw in the log, nor among a reply's headers."""
+
+    CONTROLS = (*range(0x01, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0xFF)
+    SECRET = "correct-horse-battery-staple"
+
+    def setUp(self) -> None:
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.daemon = stack.enter_context(Daemon(stack.enter_context(tempfile.TemporaryDirectory())))
+
+    def send(self, data: bytes) -> None:
+        with RawConnection(self.daemon.client.host) as connection:
+            connection.send(data)
+            connection.stop_sending()
+            while connection.read_unless_closed():  # which parses strictly
+                pass
+
+    def log_lines(self) -> list[str]:
+        self.assertEqual(self.daemon.stop(), 0)
+        return self.daemon.remaining_output().split("\n")
+
+    def test_no_control_character_reaches_the_log(self) -> None:
+        sent = 0
+        for code in self.CONTROLS:
+            raw = bytes([code])
+            for head in (
+                b"GET /v2/%s HTTP/1.1\r\nHost: a" % raw,
+                b"G%sT /v2/ HTTP/1.1\r\nHost: a" % raw,
+                b"GET /v2/?%s HTTP/1.1\r\nHost: a" % raw,
+                b"GET /v2/ HTTP/1.1\r\nHost: a\r\nUser-Agent: x%sy" % raw,
+                b"GET /v2/ HTTP/1.1\r\nHost: a%s\r\nReferer: x%sy\r\nX-Forwarded-For: %s" % (raw, raw, raw),
+            ):
+                self.send(head + b"\r\nConnection: close\r\n\r\n")
+                sent += 1
+        lines = self.log_lines()
+        self.assertEqual(len(lines), sent)
+        for line in lines:
+            self.assertTrue(line.isprintable(), line)
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\dT\S+ 127\.0\.0\.1 ")
+
+    def test_a_line_of_the_log_is_of_bounded_length(self) -> None:
+        for head in (
+            f"GET /v2/{'a' * 8000} HTTP/1.1",
+            f"GET /v2/{'%AA' * 2500} HTTP/1.1",
+            f"{'G' * 8000} /v2/ HTTP/1.1",
+            "GET /v2/ HTTP/1.1\r\nUser-Agent: " + "\xe4" * 60_000,
+        ):
+            self.send(f"{head}\r\nHost: a\r\n\r\n".encode("latin-1"))
+        lines = self.log_lines()
+        self.assertEqual(len(lines), 4)
+        for line in lines:
+            self.assertLess(len(line), 2000)
+
+    def test_no_encoded_line_end_makes_a_line_or_a_header(self) -> None:
+        forged = "%0d%0aX-Forged:%20yes"
+        digest = digest_of(b"x")
+        paths = (
+            f"/v2/{forged}/blobs/uploads/",
+            f"/v2/a/manifests/{forged}",
+            f"/v2/a/manifests/{digest}?tag=a{forged}",
+            f"/v2/a/blobs/{digest}{forged}",
+            f"/v2/a/blobs/uploads/{forged}?digest={digest}",
+            f"/v2/a/blobs/uploads/?mount={digest}&from=b{forged}",
+            f"/v2/a/tags/list?n=1&last={forged}",
+            f"/v2/_catalog?n=0&last={forged}",
+            f"/v2/a/referrers/{digest}?artifactType={forged}",
+        )
+        requests = list(itertools.product(("GET", "POST", "PUT", "PATCH", "DELETE"), paths))
+        for method, path in requests:
+            response = self.daemon.client.request(method, path)
+            self.assertNotIn("X-Forged", response.headers, response)
+        lines = self.log_lines()
+        self.assertEqual(len(lines), len(requests))
+        self.assertEqual([line for line in lines if line.startswith("X-Forged")], [])
+
+    def test_no_manifest_puts_a_header_into_a_reply(self) -> None:
+        client = self.daemon.client
+        client.push_blob(b"{}")
+        forged = "a/b\r\nX-Forged: yes"
+        for more in (
+            {"mediaType": forged},
+            {"artifactType": forged},
+            {"subject": {**descriptor(b"x"), "digest": digest_of(b"x") + "\r\nX-Forged: yes"}},
+            {"annotations": {forged: forged}},
+        ):
+            with self.subTest(more):
+                manifest = {**image_manifest(descriptor(b"{}")), **more}
+                response = client.put("manifests/latest", encode(manifest))
+                self.assertNotIn("X-Forged", response.headers, response)
+                if response.status == 201:
+                    self.assertNotIn("X-Forged", client.get("manifests/latest").headers)
+
+    def test_credentials_never_reach_the_log(self) -> None:
+        basic = base64.b64encode(f"alice:{self.SECRET}".encode()).decode()
+        for value in (
+            f"Basic {basic}",
+            f"Bearer {self.SECRET}",
+            self.SECRET,
+            f"Basic {self.SECRET}",
+            f"\xff{self.SECRET}",
+        ):
+            head = (
+                f"GET /v2/ HTTP/1.1\r\nHost: a\r\nAuthorization: {value}\r\nProxy-Authorization: {value}\r\n"
+            )
+            self.send((head + "Connection: close\r\n\r\n").encode("latin-1"))
+            self.send((head + "malformed\r\n\r\n").encode("latin-1"))
+        output = "\n".join(self.log_lines())
+        self.assertNotIn(self.SECRET, output)
+        self.assertNotIn(basic, output)
+
+
+ACCESS_LINE = r"GET\b.*/v2/daemon/image/tags/list.*\b404\b"
+
+
+class LogTest(DaemonTestCase):
+    def test_every_request_is_a_line(self) -> None:
+        daemon = self.start()
+        daemon.client.get("tags/list")
+        self.assertRegex(daemon.read_line(), ACCESS_LINE)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(daemon.remaining_output(), "")
+
+    def test_quiet_says_nothing_of_requests(self) -> None:
+        daemon = self.start("--quiet")
+        daemon.client.get("tags/list")
+        daemon.client.push_image("latest")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(daemon.remaining_output(), "")
+
+    def test_a_request_cannot_write_lines_of_its_own(self) -> None:
+        daemon = self.start()
+        for target in ("/v2/a%0Aforged/tags/list", "/v2/?forged=%0D%0Aforged"):
+            self.connect(daemon).request("GET", target, "User-Agent: a\tb \x1b[2J\x85c").read()
+        self.assertEqual(daemon.stop(), 0)
+        lines = daemon.remaining_output().split("\n")
+        self.assertEqual(len(lines), 2, lines)
+        for line in lines:
+            self.assertTrue(line.isprintable(), line)
+
+    def test_clients_that_go_away_leave_no_traceback(self) -> None:
+        daemon = self.start()
+        content = os.urandom(8_000_000)
+        daemon.client.push_blob(content)
+        blob = daemon.client.path(f"blobs/{digest_of(content)}")
+        single = daemon.client.path(f"blobs/uploads/?digest={digest_of(b'x')}")
+        session = daemon.client.open_upload()
+        for method, path in (
+            ("GET", blob),
+            ("POST", single),
+            ("PATCH", session),
+            ("PUT", with_digest(session, digest_of(b"x"))),
+            ("PUT", daemon.client.path("manifests/latest")),
+        ):
+            for framing in ("Content-Length: 1000000", "Transfer-Encoding: chunked"):
+                lines = () if method == "GET" else (framing,)
+                self.connect(daemon).request(method, path, *lines, body=b"5\r\nhello").reset()
+        for data in (b"", b"GET", b"\x16\x03\x01", b"GET /v2/ HTTP/1.1\r\n"):
+            self.connect(daemon).send(data).reset()
+        self.assertEqual(daemon.client.get(f"blobs/{digest_of(content)}").body, content)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertNotIn("Traceback", daemon.remaining_output())
+
+
+class ClosedStreamsTest(DaemonTestCase):
+    """Standard streams that are closed, or that nobody reads, keep nothing from working."""
+
+    ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")
+    ALL_CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+
+    def start_under(self, *under: str) -> Daemon:
+        daemon = Daemon(self.path, under=under)
+        daemon.start()
+        self.addCleanup(daemon.kill)
+        return daemon
+
+    def test_without_standard_error_a_connection_serves_on_even_after_an_internal_error(self) -> None:
+        daemon = self.start_under(*self.ERROR_CLOSED)
+        digest = daemon.client.push_blob(os.urandom(100_000))
+        directory = Path(self.path, "blobs", "sha256")
+        directory.rename(f"{directory}-away")
+        directory.write_bytes(b"")
+        with daemon.client.keep_alive() as client:
+            for _ in range(2):
+                self.assert_status(client.get("tags/list"), 200)
+                self.assert_status(client.get(f"blobs/{digest}"), 500)
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
+    def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:
+        port = free_port()
+        command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
+        process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)  # killed, it would not wait for its workers
+        client = Client(f"127.0.0.1:{port}", "a/b")
+        while True:  # there is no line to wait for
+            with contextlib.suppress(ConnectionRefusedError):
+                client.push_image("latest")
+                break
+            self.assertIsNone(process.poll())
+        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        self.assertEqual(streams, [os.devnull] * 3)
+
+    def test_commands_work_without_standard_streams(self) -> None:
+        daemon = self.start("--quiet")
+        daemon.client.push_image("latest")
+        for under in (self.ERROR_CLOSED, self.ALL_CLOSED):
+            for command in ("verify", "gc"):
+                with self.subTest(command, under=under):
+                    arguments = [*under, sys.executable, "registry.py", command, "--data", self.path]
+                    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+                    self.assertEqual(done.returncode, 0)
+
+    def test_a_repair_goes_on_when_nobody_reads_what_it_says(self) -> None:
+        client = self.start("--quiet").client
+        image = client.push_image("latest", layers=3)
+        for content in image.layers[:2]:
+            Path(self.path, "blobs", digest_of(content).replace(":", "/")).write_bytes(b"damaged")
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "registry.py", "verify", "--repair", "--data", self.path]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        found = [client.head(f"blobs/{digest_of(content)}").status for content in image.layers]
+        self.assertEqual(found, [404, 404, 200])

@@ -10,17 +10,8 @@ from typing import Any
 from unittest import mock
 
 import registry
-from tests.credentials import (
-    AuthorizedClient,
-    basic,
-    users_line,
-)
-from tests.support import (
-    Client,
-    DataDirectory,
-    HTTPTestCase,
-    Response,
-)
+from tests.credentials import AuthorizedClient, basic, users_line
+from tests.support import Client, DataDirectory, HTTPTestCase, Response
 
 NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset(("pull", "push", "delete"))
@@ -81,16 +72,3 @@ class AccessTestCase(HTTPTestCase):
 def user(name: str) -> str:
     """The Authorization header's value of one of USERS."""
     return basic(name, f"{name}'s")
-
-
-class _Discard:
-    """A standard error for code under test, remembered."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests import upkeep
-from tests.support import (
-    Client,
-    Image,
-    RegistryTestCase,
-    digest_of,
-    encode,
-    image_index,
-)
+from tests.support import Client, Image, RegistryTestCase, digest_of, encode, image_index
 from tests.upkeep import DAY
 
 

@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests import upkeep
-from tests.support import (
-    RegistryTestCase,
-    digest_of,
-)
+from tests.support import RegistryTestCase, digest_of
 
 
 class Damage:

@@ -36,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from registry import IDLE_THREADS
 from tests.credentials import AuthorizedClient, basic, users_line
+from tests.daemon import Daemon, python
 from tests.support import (
     OCI_CONFIG,
     OCI_INDEX,
     OCI_MANIFEST,
     TIMEOUT,
     Client,
-    Daemon,
     DataDirectory,
     HTTPTestCase,
     RawConnection,
@@ -52,7 +52,6 @@ from tests.support import (
     encode,
     image_index,
     image_manifest,
-    python,
 )
 
 FAILURE_LIMIT = 5

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from registry import IDLE_THREADS
+from tests.daemon import Daemon, python
 from tests.support import (
     OCI_CONFIG,
     TIMEOUT,
     Client,
-    Daemon,
     DataDirectory,
     RawConnection,
     Response,
@@ -40,7 +40,6 @@ from tests.support import (
     encode,
     image_index,
     image_manifest,
-    python,
     with_digest,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
 import unittest
@@ -10,14 +11,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import registry
-from tests.access import EVERYTHING, GRANTS, NOTHING, USERS, AccessTestCase, _Discard, user
-from tests.credentials import (
-    basic,
-    claims_of,
-    signed,
-    unsigned,
-    users_line,
-)
+from tests.access import EVERYTHING, GRANTS, NOTHING, USERS, AccessTestCase, user
+from tests.credentials import basic, claims_of, signed, unsigned, users_line
 from tests.support import (
     OCI_MANIFEST,
     Client,
@@ -239,7 +234,7 @@ class SecrecyTest(AccessTestCase):
         self.assertEqual((self.data.path / "blobs").stat().st_mode & 0o777, 0o755)
 
     def test_no_secret_reaches_a_log(self) -> None:
-        with contextlib.redirect_stderr(_Discard()) as errors:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
             self.users.write_text(users_line("puller", self.SECRET))
             client = self.serve(anonymous_pull=True)
             mine = client.as_caller(basic("puller", self.SECRET))
@@ -254,11 +249,15 @@ class SecrecyTest(AccessTestCase):
             ):
                 for method, path in (("GET", "/v2/"), ("POST", "blobs/uploads/"), ("GET", "/token")):
                     client.as_caller(authorization).request(method, path)
+                for end in ("Connection: close", "malformed"):
+                    head = f"Authorization: {authorization}\r\nProxy-Authorization: {authorization}\r\n{end}"
+                    with RawConnection(client.host) as connection:
+                        connection.request("GET", "/v2/", *head.split("\r\n")).drain()
             for end in ("", "%ff", "&service=other"):
                 form = f"grant_type=password&username=puller&password={self.SECRET}{end}"
                 client.post("/token", form.encode())
         self.assertGreater(len(self.log), 20)
-        self.assert_nothing_of(self.SECRET, "\n".join([*self.log, errors.text]))
+        self.assert_nothing_of(self.SECRET, "\n".join([*self.log, errors.getvalue()]))
         self.assertNotIn(token.rpartition(".")[2], "\n".join(self.log))
 
     def test_a_password_in_a_url_does_not_reach_the_log(self) -> None:

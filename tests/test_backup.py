@@ -10,7 +10,8 @@ import threading
 import unittest
 from pathlib import Path
 
-from tests.support import ROOT, Daemon, HTTPTestCase, digest_of, python
+from tests.daemon import Daemon, python
+from tests.support import ROOT, HTTPTestCase, digest_of
 
 
 def readme_commands() -> str:

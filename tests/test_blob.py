@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import os
 
-from tests.support import (
-    MALFORMED_DIGESTS,
-    MEBIBYTE,
-    RegistryTestCase,
-    Response,
-    digest_of,
-    unique,
-)
+from tests.support import MALFORMED_DIGESTS, MEBIBYTE, RegistryTestCase, Response, digest_of, unique
 
 
 class BlobTest(RegistryTestCase):

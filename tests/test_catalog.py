@@ -6,13 +6,7 @@ import tempfile
 from urllib.parse import quote
 
 from registry import Registry
-from tests.support import (
-    Client,
-    HTTPTestCase,
-    digest_of,
-    pages,
-    unique,
-)
+from tests.support import Client, HTTPTestCase, digest_of, pages, unique
 
 BAD_COUNTS = (
     "-1",

@@ -15,12 +15,12 @@ from unittest import mock
 
 import registry
 from registry import Registry
+from tests.daemon import Daemon
 from tests.support import (
     OCI_CONFIG,
     OCI_INDEX,
     OCI_MANIFEST,
     Client,
-    Daemon,
     RegistryTestCase,
     descriptor,
     digest_of,

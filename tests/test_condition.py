@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from tests.manifests import ManifestTestCase
-from tests.support import (
-    OCI_MANIFEST,
-    RegistryTestCase,
-    Response,
-    descriptor,
-    digest_of,
-    encode,
-    unique,
-)
+from tests.support import OCI_MANIFEST, RegistryTestCase, Response, descriptor, digest_of, encode, unique
 
 
 class PreconditionTest(ManifestTestCase):

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from registry import Registry, StartupError
+from tests.daemon import free_port, python
 from tests.support import (
     TIMEOUT,
     Client,
@@ -22,8 +23,6 @@ from tests.support import (
     RawConnection,
     digest_of,
     elapsed,
-    free_port,
-    python,
     run_at_once,
     unique,
     with_digest,
@@ -311,7 +310,7 @@ class ForkTest(HTTPTestCase):
 
     SCRIPT = """
 import multiprocessing, os, sys, warnings
-from tests.support import Client
+from tests.support import (Client)
 from registry import Registry
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
 with Registry() as registry:

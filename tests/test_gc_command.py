@@ -22,17 +22,8 @@ from unittest import mock
 import registry
 from tests import upkeep
 from tests.collecting import CollectionTestCase, add_garbage
-from tests.support import (
-    ROOT,
-    TIMEOUT,
-    Client,
-    Daemon,
-    DataDirectory,
-    digest_of,
-    python,
-    run_at_once,
-    unique,
-)
+from tests.daemon import Daemon, python
+from tests.support import ROOT, TIMEOUT, Client, DataDirectory, digest_of, run_at_once, unique
 from tests.upkeep import DAY, HOUR, MINUTE
 
 

@@ -10,15 +10,8 @@ from unittest import mock
 
 import registry
 from tests.access import USERS, AccessTestCase
-from tests.credentials import (
-    AuthorizedClient,
-    basic,
-)
-from tests.support import (
-    TIMEOUT,
-    Response,
-    run_at_once,
-)
+from tests.credentials import AuthorizedClient, basic
+from tests.support import TIMEOUT, Response, run_at_once
 
 
 class FailureTest(AccessTestCase):

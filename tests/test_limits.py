@@ -16,11 +16,11 @@ import unittest
 from unittest import mock
 
 import registry
+from tests.daemon import Daemon
 from tests.support import (
     MEBIBYTE,
     TIMEOUT,
     Client,
-    Daemon,
     DataDirectory,
     HTTPConnectionTestCase,
     HTTPTestCase,

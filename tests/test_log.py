@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import os
 import subprocess
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
+from registry import Registry
+from tests.daemon import Daemon, DaemonTestCase, free_port, run, unread
 from tests.support import (
-    ROOT,
     Client,
-    Daemon,
-    DaemonTestCase,
+    DataDirectory,
     HTTPTestCase,
     RawConnection,
-    descriptor,
     digest_of,
-    encode,
-    free_port,
-    image_manifest,
+    wait_until,
     with_digest,
 )
 
@@ -32,23 +26,23 @@ class InjectionTest(HTTPTestCase):
     """What a client sends never ends up raw in the log, nor among a reply's headers."""
 
     CONTROLS = (*range(0x01, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0xFF)
-    SECRET = "correct-horse-battery-staple"
 
     def setUp(self) -> None:
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.daemon = stack.enter_context(Daemon(stack.enter_context(tempfile.TemporaryDirectory())))
+        self.lines: list[str] = []
+        self.registry = self.enter(Registry(log=self.lines.append))
+        self.client = Client(self.registry.netloc, "a")
 
     def send(self, data: bytes) -> None:
-        with RawConnection(self.daemon.client.host) as connection:
+        with RawConnection(self.client.host) as connection:
             connection.send(data)
             connection.stop_sending()
             while connection.read_unless_closed():  # which parses strictly
                 pass
 
     def log_lines(self) -> list[str]:
-        self.assertEqual(self.daemon.stop(), 0)
-        return self.daemon.remaining_output().split("\n")
+        """One for each request, once all of them are over."""
+        self.registry.close()
+        return self.lines
 
     def test_no_control_character_reaches_the_log(self) -> None:
         sent = 0
@@ -98,56 +92,20 @@ class InjectionTest(HTTPTestCase):
         )
         requests = list(itertools.product(("GET", "POST", "PUT", "PATCH", "DELETE"), paths))
         for method, path in requests:
-            response = self.daemon.client.request(method, path)
+            response = self.client.request(method, path)
             self.assertNotIn("X-Forged", response.headers, response)
         lines = self.log_lines()
         self.assertEqual(len(lines), len(requests))
         self.assertEqual([line for line in lines if line.startswith("X-Forged")], [])
 
-    def test_no_manifest_puts_a_header_into_a_reply(self) -> None:
-        client = self.daemon.client
-        client.push_blob(b"{}")
-        forged = "a/b\r\nX-Forged: yes"
-        for more in (
-            {"mediaType": forged},
-            {"artifactType": forged},
-            {"subject": {**descriptor(b"x"), "digest": digest_of(b"x") + "\r\nX-Forged: yes"}},
-            {"annotations": {forged: forged}},
-        ):
-            with self.subTest(more):
-                manifest = {**image_manifest(descriptor(b"{}")), **more}
-                response = client.put("manifests/latest", encode(manifest))
-                self.assertNotIn("X-Forged", response.headers, response)
-                if response.status == 201:
-                    self.assertNotIn("X-Forged", client.get("manifests/latest").headers)
-
-    def test_credentials_never_reach_the_log(self) -> None:
-        basic = base64.b64encode(f"alice:{self.SECRET}".encode()).decode()
-        for value in (
-            f"Basic {basic}",
-            f"Bearer {self.SECRET}",
-            self.SECRET,
-            f"Basic {self.SECRET}",
-            f"\xff{self.SECRET}",
-        ):
-            head = (
-                f"GET /v2/ HTTP/1.1\r\nHost: a\r\nAuthorization: {value}\r\nProxy-Authorization: {value}\r\n"
-            )
-            self.send((head + "Connection: close\r\n\r\n").encode("latin-1"))
-            self.send((head + "malformed\r\n\r\n").encode("latin-1"))
-        output = "\n".join(self.log_lines())
-        self.assertNotIn(self.SECRET, output)
-        self.assertNotIn(basic, output)
-
-
-ACCESS_LINE = r"GET\b.*/v2/daemon/image/tags/list.*\b404\b"
-
 
 class LogTest(DaemonTestCase):
+    """What the daemon prints."""
+
     def test_every_request_is_a_line(self) -> None:
         daemon = self.start()
         daemon.client.get("tags/list")
-        self.assertRegex(daemon.read_line(), ACCESS_LINE)
+        self.assertRegex(daemon.read_line(), r"GET\b.*/v2/daemon/image/tags/list.*\b404\b")
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual(daemon.remaining_output(), "")
 
@@ -157,16 +115,6 @@ class LogTest(DaemonTestCase):
         daemon.client.push_image("latest")
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual(daemon.remaining_output(), "")
-
-    def test_a_request_cannot_write_lines_of_its_own(self) -> None:
-        daemon = self.start()
-        for target in ("/v2/a%0Aforged/tags/list", "/v2/?forged=%0D%0Aforged"):
-            self.connect(daemon).request("GET", target, "User-Agent: a\tb \x1b[2J\x85c").read()
-        self.assertEqual(daemon.stop(), 0)
-        lines = daemon.remaining_output().split("\n")
-        self.assertEqual(len(lines), 2, lines)
-        for line in lines:
-            self.assertTrue(line.isprintable(), line)
 
     def test_clients_that_go_away_leave_no_traceback(self) -> None:
         daemon = self.start()
@@ -198,16 +146,10 @@ class ClosedStreamsTest(DaemonTestCase):
     ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")
     ALL_CLOSED = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
 
-    def start_under(self, *under: str) -> Daemon:
-        daemon = Daemon(self.path, under=under)
-        daemon.start()
-        self.addCleanup(daemon.kill)
-        return daemon
-
     def test_without_standard_error_a_connection_serves_on_even_after_an_internal_error(self) -> None:
-        daemon = self.start_under(*self.ERROR_CLOSED)
+        daemon = self.start(under=self.ERROR_CLOSED)
         digest = daemon.client.push_blob(os.urandom(100_000))
-        directory = Path(self.path, "blobs", "sha256")
+        directory = self.path / "blobs" / "sha256"
         directory.rename(f"{directory}-away")
         directory.write_bytes(b"")
         with daemon.client.keep_alive() as client:
@@ -218,18 +160,21 @@ class ClosedStreamsTest(DaemonTestCase):
     @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
     def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:
         port = free_port()
-        command = [*self.ALL_CLOSED, sys.executable, str(ROOT / "registry.py"), "--data", self.path]
+        command = [*self.ALL_CLOSED, sys.executable, *Daemon.PROGRAM, "--data", str(self.path)]
         process = subprocess.Popen([*command, "--port", str(port), "--workers", "2"])
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)  # killed, it would not wait for its workers
         client = Client(f"127.0.0.1:{port}", "a/b")
-        while True:  # there is no line to wait for
-            with contextlib.suppress(ConnectionRefusedError):
-                client.push_image("latest")
-                break
-            self.assertIsNone(process.poll())
+        wait_until(lambda: self.is_served(client) or process.poll() is not None, "for a port that answers")
+        client.push_image("latest")
         streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
         self.assertEqual(streams, [os.devnull] * 3)
+
+    def is_served(self, client: Client) -> bool:
+        """There is no line to wait for."""
+        with contextlib.suppress(ConnectionRefusedError):
+            return client.get("/v2/").status == 200
+        return False
 
     def test_commands_work_without_standard_streams(self) -> None:
         daemon = self.start("--quiet")
@@ -237,22 +182,15 @@ class ClosedStreamsTest(DaemonTestCase):
         for under in (self.ERROR_CLOSED, self.ALL_CLOSED):
             for command in ("verify", "gc"):
                 with self.subTest(command, under=under):
-                    arguments = [*under, sys.executable, "registry.py", command, "--data", self.path]
-                    done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+                    done = run(*under, sys.executable, *Daemon.PROGRAM, command, "--data", self.path)
                     self.assertEqual(done.returncode, 0)
 
     def test_a_repair_goes_on_when_nobody_reads_what_it_says(self) -> None:
         client = self.start("--quiet").client
         image = client.push_image("latest", layers=3)
         for content in image.layers[:2]:
-            Path(self.path, "blobs", digest_of(content).replace(":", "/")).write_bytes(b"damaged")
-        reader, writer = os.pipe()
-        os.close(reader)
-        command = [sys.executable, "registry.py", "verify", "--repair", "--data", self.path]
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-        )
-        os.close(writer)
+            DataDirectory(self.path).blob(digest_of(content)).write_bytes(b"damaged")
+        done = unread("verify", "--repair", "--data", str(self.path))
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         found = [client.head(f"blobs/{digest_of(content)}").status for content in image.layers]
         self.assertEqual(found, [404, 404, 200])

@@ -13,13 +13,13 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tests.daemon import Daemon
 from tests.manifests import ManifestTestCase
 from tests.support import (
     MEBIBYTE,
     OCI_INDEX,
     OCI_MANIFEST,
     TIMEOUT,
-    Daemon,
     HTTPTestCase,
     RegistryTestCase,
     descriptor,

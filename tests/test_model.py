@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 from tests import upkeep
+from tests.daemon import Daemon
 from tests.scenarios import offset
 from tests.support import (
     OCI_CONFIG,
     Client,
-    Daemon,
     DataDirectory,
     HTTPTestCase,
     RawConnection,

@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from tests.support import (
-    MALFORMED_QUERIES,
-    Response,
-    UploadTestCase,
-    digest_of,
-    unique,
-)
+from tests.support import MALFORMED_QUERIES, Response, UploadTestCase, digest_of, unique
 
 
 class MountTest(UploadTestCase):

@@ -12,25 +12,19 @@ import unittest
 from unittest import mock
 
 import registry
-from tests.access import USERS, AccessTestCase, _Discard
-from tests.credentials import (
-    basic,
-    users_line,
-)
-from tests.support import (
-    ROOT,
-    run_at_once,
-)
+from tests.access import USERS, AccessTestCase
+from tests.credentials import basic, users_line
+from tests.support import ROOT, run_at_once
 
 
 class PasswdTest(AccessTestCase):
     def passwd(self, *arguments: str, password: str = "") -> tuple[int, str]:
         """Run the command; its exit status and all that it printed."""
-        printed = _Discard()
+        printed = io.StringIO()
         streams = {"stdin": io.StringIO(password), "stdout": printed, "stderr": printed}
         with mock.patch.multiple(sys, **streams):
             status = registry.main(["passwd", *arguments, "--users", str(self.users)])
-        return status, printed.text
+        return status, printed.getvalue()
 
     def lines(self) -> dict[str, str]:
         return dict(line.split(":", 1) for line in self.users.read_text("utf-8").splitlines())

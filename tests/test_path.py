@@ -15,15 +15,7 @@ from unittest import mock
 
 import registry
 from tests.credentials import AuthorizedClient, basic, users_line
-from tests.support import (
-    RegistryTestCase,
-    descriptor,
-    digest_of,
-    encode,
-    image_manifest,
-    unique,
-    with_digest,
-)
+from tests.support import RegistryTestCase, descriptor, digest_of, encode, image_manifest, unique, with_digest
 
 TRAVERSALS = (
     "..",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import registry
 from tests.access import AccessTestCase
-from tests.support import (
-    RawConnection,
-)
+from tests.support import RawConnection
 
 
 class TrustedProxyTest(AccessTestCase):

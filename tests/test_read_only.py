@@ -2,79 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import unittest
-from collections.abc import Iterator
 from pathlib import Path
 
 from registry import Registry
 from tests.access import GRANTS, AccessTestCase, user
-from tests.support import (
-    ROOT,
-    Client,
-    Daemon,
-    HTTPTestCase,
-    Image,
-    digest_of,
-    free_port,
-    python,
-    with_digest,
-)
-
-NOBODY = 65534
-AS_NOBODY = f"""
-import encodings.idna, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import registry  # now, and what it imports later: nobody may not be let into Python's directory
-registry.build_parser().parse_args(['--port', '0'])
-os.setgid({NOBODY})
-os.setuid({NOBODY})
-_, _, program, *arguments = sys.argv
-sys.exit(exec(arguments[0]) if program == "-c" else registry.main(arguments))
-"""
-READ_ONLY_DISK = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+from tests.daemon import Daemon, command, run
+from tests.mounts import as_nobody, no_read_only, on_read_only_disk
+from tests.support import Client, HTTPTestCase, Image, digest_of, with_digest
 
 
-def as_nobody(_data: str) -> list[str]:
-    """A command that runs another Python command as a user who owns nothing."""
-    return [sys.executable, "-c", AS_NOBODY]
-
-
-def on_read_only_disk(data: str) -> list[str]:
-    """A command that runs another, to which the disk with the data directory is read-only."""
-    return ["unshare", "--mount", "sh", "-c", READ_ONLY_DISK, "sh", data]
-
-
-def reason_against() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return "only root may mount, and become somebody else"
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        for under in (as_nobody(path), on_read_only_disk(path)):
-            check = [*under, sys.executable, "-c", "pass"]
-            try:
-                subprocess.run(check, check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                return f"not possible here: {error}"
-    return ""
-
-
-REASON = reason_against()
-
-
-@unittest.skipIf(REASON, REASON)
 class ReadOnlyTestCase(HTTPTestCase):
+    """A data directory that others may read, and daemons that cannot write to it."""
+
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        os.chmod(directory.name, 0o755)
-        self.data = Path(directory.name) / "data"
+        if no_read_only():
+            self.skipTest(no_read_only())
+        directory = self.temporary()
+        directory.chmod(0o755)
+        self.data = directory / "data"
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -86,15 +35,8 @@ class ReadOnlyTestCase(HTTPTestCase):
         return Client(running.netloc, "team/app").push_image(tag)
 
     def read_only_daemon(self, under: list[str], data: Path | None = None) -> Client:
-        daemon = Daemon(data or self.data, "--read-only", "--quiet", under=under)
-        daemon.start()
-        self.addCleanup(daemon.kill)
+        daemon = self.enter(Daemon(data or self.data, "--read-only", "--quiet", under=under))
         return daemon.client.at("team/app")
-
-    def assert_pulled(self, client: Client, image: Image, tag: str) -> None:
-        self.assertEqual(client.expect(200, "GET", f"manifests/{tag}").body, image.body)
-        for content in image.blobs:
-            self.assertEqual(client.expect(200, "GET", f"blobs/{digest_of(content)}").body, content)
 
 
 class ReadOnlyBesideAWriter(ReadOnlyTestCase):
@@ -105,13 +47,13 @@ class ReadOnlyBesideAWriter(ReadOnlyTestCase):
                 with Registry(self.data) as running:
                     first = self.push(running, "first")
                 client = self.read_only_daemon(under(str(self.data)))
-                self.assert_pulled(client, first, "first")
+                self.assert_image(client, first, "first")
                 for number in range(5):
                     with Registry(self.data) as running:
                         for tag in (f"{number}a", f"{number}b"):
                             self.assert_error(client.get(f"manifests/{tag}"), 404, "MANIFEST_UNKNOWN")
-                            self.assert_pulled(client, self.push(running, tag), tag)
-                    self.assert_pulled(client, first, "first")
+                            self.assert_image(client, self.push(running, tag), tag)
+                    self.assert_image(client, first, "first")
                 with Registry(self.data) as running:
                     Client(running.netloc, "team/app").expect(202, "DELETE", "manifests/first")
                     self.assert_error(client.get("manifests/first"), 404, "MANIFEST_UNKNOWN")
@@ -121,7 +63,7 @@ class ReadOnlyBesideAWriter(ReadOnlyTestCase):
             with self.subTest(under.__name__), Registry(self.data) as running:
                 client = self.read_only_daemon(under(str(self.data)))
                 for tag in ("a", "b", "a"):
-                    self.assert_pulled(client, self.push(running, tag), tag)
+                    self.assert_image(client, self.push(running, tag), tag)
 
 
 class ReadOnlyMedium(ReadOnlyTestCase):
@@ -145,7 +87,7 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                         copy = self.copy(*suffixes)
                     client = self.read_only_daemon(under(str(copy)), copy)
                     for _ in range(2):
-                        self.assert_pulled(client, image, "v1")
+                        self.assert_image(client, image, "v1")
                     self.assertEqual(client.get("tags/list").json["tags"], ["v1"])
 
     def test_nothing_to_serve_is_said_in_one_line(self) -> None:
@@ -154,9 +96,8 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                 (self.data / "registry.db").write_bytes(content)
             for under in ([], as_nobody(""), on_read_only_disk(str(self.data))):
                 with self.subTest(under, content=content):
-                    command = [*under, sys.executable, str(ROOT / "registry.py"), "--read-only"]
-                    command += ["--port", str(free_port()), "--data", str(self.data)]
-                    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+                    options = ("--read-only", "--port", "0", "--data", str(self.data))
+                    done = run(*under, sys.executable, *Daemon.PROGRAM, *options)
                     self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
                     self.assertIn("registry.db", done.stderr)
 
@@ -177,19 +118,9 @@ class ReadOnlyMedium(ReadOnlyTestCase):
             for under in (as_nobody(""), on_read_only_disk(str(data))):
                 with self.subTest(under, data=data.name):
                     command, environment = [*under, sys.executable, "-c", script], {"TMPDIR": str(temporary)}
-                    done = subprocess.run(
-                        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-                        check=False, timeout=10,
-                    )  # fmt: skip
+                    done = run(*command, env={**os.environ, **environment})
                     self.assertEqual(done.stdout.strip(), digest, done)
                     self.assertEqual(list(temporary.iterdir()), [])
-
-
-def can_remount() -> bool:
-    """Whether a mount namespace can be made here."""
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
 
 
 class ReadOnlyTest(AccessTestCase):
@@ -248,31 +179,14 @@ class ReadOnlyTest(AccessTestCase):
         self.assert_error(client.as_caller(user("deleter")).post("blobs/uploads/"), 405, "UNSUPPORTED")
 
     def test_it_needs_data_to_serve(self) -> None:
-        options = ("--read-only", "--port", "0", "--data", str(self.directory / "absent"))
-        done = python("registry.py", *options)
-        self.assertEqual(done.returncode, 1, done)
-        self.assertNotIn("Traceback", done.stderr)
+        done = command("--read-only", "--port", "0", "--data", str(self.directory / "absent"))
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
         self.assertFalse((self.directory / "absent").exists())
 
-    @unittest.skipUnless(can_remount(), "needs root's rights and unshare")
     def test_the_disk_may_be_read_only(self) -> None:
+        if no_read_only():
+            self.skipTest(no_read_only())
         session = self.fill().open_upload()
-        self.resources.enter_context(self.daemon_on_read_only_disk())
-        self.assert_only_reads(Client(self.host, "team/app"), session)
-
-    @contextlib.contextmanager
-    def daemon_on_read_only_disk(self) -> Iterator[None]:
-        """A daemon to which the data directory is mounted read-only."""
-        data, port = str(self.data.path), str(free_port())
-        self.host = f"127.0.0.1:{port}"
-        script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
-        command = [sys.executable, str(ROOT / "registry.py"), "--read-only", "--port", port, "--data", data]
-        with subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script, "sh", data, *command],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ) as process:  # fmt: skip
-            try:
-                self.assertIn("Serving", process.stdout.readline())
-                yield
-            finally:
-                process.kill()
+        data = self.data.path
+        daemon = self.enter(Daemon(data, "--read-only", under=on_read_only_disk(data)))
+        self.assert_only_reads(daemon.client.at("team/app"), session)

@@ -11,10 +11,7 @@ from unittest import mock
 import registry
 from tests import upkeep
 from tests.damage import VerifyTestCase
-from tests.support import (
-    digest_of,
-    unique,
-)
+from tests.support import digest_of, unique
 
 
 class Repair(VerifyTestCase):

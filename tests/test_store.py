@@ -21,17 +21,9 @@ from unittest import mock
 import registry
 from registry import Registry, Store
 from tests import upkeep
+from tests.daemon import Daemon
 from tests.steps import Step, observed
-from tests.support import (
-    Client,
-    Daemon,
-    HTTPTestCase,
-    RegistryTestCase,
-    digest_of,
-    elapsed,
-    run_at_once,
-    unique,
-)
+from tests.support import Client, HTTPTestCase, RegistryTestCase, digest_of, elapsed, run_at_once, unique
 
 LINUX = sys.platform == "linux"
 

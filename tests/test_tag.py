@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from tests.manifests import ManifestTestCase
-from tests.support import (
-    OCI_MANIFEST,
-    RegistryTestCase,
-    Response,
-    digest_of,
-    encode,
-    pages,
-)
+from tests.support import OCI_MANIFEST, RegistryTestCase, Response, digest_of, encode, pages
 
 
 class TagsOfAPushTest(ManifestTestCase):

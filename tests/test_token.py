@@ -9,19 +9,8 @@ from urllib.parse import quote
 
 import registry
 from tests.access import GRANTS, AccessTestCase, user
-from tests.credentials import (
-    AuthorizedClient,
-    claims_of,
-    users_line,
-)
-from tests.support import (
-    TIMEOUT,
-    Client,
-    RawConnection,
-    Response,
-    digest_of,
-    run_at_once,
-)
+from tests.credentials import AuthorizedClient, claims_of, users_line
+from tests.support import TIMEOUT, Client, RawConnection, Response, digest_of, run_at_once
 
 
 class TokenTest(AccessTestCase):

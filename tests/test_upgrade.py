@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import registry
+from tests.daemon import python
 from tests.support import (
     OCI_CONFIG,
     OCI_MANIFEST,
@@ -24,7 +25,6 @@ from tests.support import (
     digest_of,
     image_index,
     image_manifest,
-    python,
     run_at_once,
     unique,
 )

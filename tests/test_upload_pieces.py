@@ -5,14 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
-from tests.support import (
-    MEBIBYTE,
-    UploadTestCase,
-    digest_of,
-    run_at_once,
-    unique,
-    with_digest,
-)
+from tests.support import MEBIBYTE, UploadTestCase, digest_of, run_at_once, unique, with_digest
 
 
 class PatchTest(UploadTestCase):

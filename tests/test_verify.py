@@ -17,12 +17,12 @@ from unittest import mock
 import registry
 from registry import Registry
 from tests import upkeep
+from tests.daemon import Daemon, python
 from tests.damage import Damage, VerifyTestCase
 from tests.support import (
     MEBIBYTE,
     ROOT,
     Client,
-    Daemon,
     DataDirectory,
     HTTPTestCase,
     Image,
@@ -30,7 +30,6 @@ from tests.support import (
     digest_of,
     encode,
     image_index,
-    python,
     run_at_once,
     unique,
     with_digest,

@@ -11,7 +11,8 @@ import time
 import unittest
 from pathlib import Path
 
-from tests.support import ROOT, TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
+from tests.daemon import Daemon
+from tests.support import ROOT, TIMEOUT, HTTPTestCase, digest_of, unique
 
 
 def children(process: int) -> set[int]:

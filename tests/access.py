@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import registry
+from registry import Registry
 from tests.credentials import AuthorizedClient, basic, users_line
 from tests.support import Client, DataDirectory, HTTPTestCase, Response
 
@@ -23,12 +20,10 @@ class AccessTestCase(HTTPTestCase):
     """Registries with users, on data and files of the test's own."""
 
     def setUp(self) -> None:
-        self.resources = contextlib.ExitStack()
-        self.addCleanup(self.resources.close)
-        self.directory = Path(self.resources.enter_context(tempfile.TemporaryDirectory()))
+        self.directory = self.temporary()
         self.users, self.grants = self.directory / "users.txt", self.directory / "grants.txt"
         self.users.write_text("".join(users_line(name, f"{name}'s") for name in USERS), "utf-8")
-        self.data = DataDirectory(str(self.directory / "data"))
+        self.data = DataDirectory(self.directory / "data")
         self.log: list[str] = []
 
     def serve(self, grants: str = "", **options: Any) -> AuthorizedClient:
@@ -37,16 +32,12 @@ class AccessTestCase(HTTPTestCase):
             self.grants.write_text(grants, "utf-8")
             options["grants"] = str(self.grants)
         options = {"data": str(self.data.path), "users": str(self.users), "sync": False, **options}
-        self.registry = self.resources.enter_context(registry.Registry(log=self.log.append, **options))
+        self.registry = self.enter(Registry(log=self.log.append, **options))
         return AuthorizedClient(self.registry.netloc, "team/app")
 
     def serve_anybody(self) -> Client:
         """A second registry on the same data that asks nobody who they are: a client of it."""
-        running = registry.Registry(data=str(self.data.path), sync=False)
-        return Client(self.resources.enter_context(running).netloc, "team/app")
-
-    def patch(self, **constants: Any) -> None:
-        self.resources.enter_context(mock.patch.multiple(registry, **constants))
+        return Client(self.enter(Registry(self.data.path, sync=False)).netloc, "team/app")
 
     def change(self, path: Path, text: str) -> None:
         """Write a file as an editor does, so that every change is seen as one."""

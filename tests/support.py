@@ -572,7 +572,7 @@ class RegistryTestCase(HTTPTestCase):
     def setUpClass(cls) -> None:
         stack = contextlib.ExitStack()
         cls.addClassCleanup(stack.close)
-        cls.data = DataDirectory(stack.enter_context(tempfile.TemporaryDirectory()))
+        cls.data = DataDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory()), "data"))
         cls.registry = stack.enter_context(Registry(cls.data.path, **{"sync": False, **cls.options}))
 
     def setUp(self) -> None:

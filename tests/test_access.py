@@ -234,6 +234,7 @@ class SecrecyTest(AccessTestCase):
         self.assertEqual((self.data.path / "blobs").stat().st_mode & 0o777, 0o755)
 
     def test_no_secret_reaches_a_log(self) -> None:
+        self.patch(FAILURE_DELAY=0.0)
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             self.users.write_text(users_line("puller", self.SECRET))
             client = self.serve(anonymous_pull=True)

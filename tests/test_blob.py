@@ -93,14 +93,6 @@ class BlobTest(RegistryTestCase):
             name, _, hexadecimal = self.client.push_blob(content, algorithm).partition(":")
             self.assertEqual((self.data.path / "blobs" / name / hexadecimal).read_bytes(), content)
 
-    def test_a_file_gone_missing_does_not_stop_the_server(self) -> None:
-        digest = self.client.push_blob(unique())
-        (self.data.path / "blobs" / digest.replace(":", "/")).unlink()
-        with self.client.keep_alive() as client:
-            self.assert_status(client.get(f"blobs/{digest}"), 404, 500)
-            self.assert_status(client.get("/v2/"), 200)
-        self.client.delete(f"blobs/{digest}")
-
 
 class RangeTest(RegistryTestCase):
     CONTENT = b"0123456789"
@@ -127,6 +119,7 @@ class RangeTest(RegistryTestCase):
             ("bytes=-3", 7, 9),
             ("bytes=-10", 0, 9),
             ("bytes=-9999", 0, 9),
+            ("Bytes=1-1", 1, 1),
         ):
             with self.subTest(requested):
                 response = self.get(requested)
@@ -137,7 +130,15 @@ class RangeTest(RegistryTestCase):
                 self.assertEqual(response.body, self.CONTENT[start : end + 1])
 
     def test_a_range_outside_the_blob_is_416(self) -> None:
-        for requested in ("bytes=10-", "bytes=10-20", "bytes=9999-", "bytes=500-0", "bytes=5-2"):
+        for requested in (
+            "bytes=10-",
+            "bytes=10-20",
+            "bytes=9999-",
+            "bytes=500-0",
+            "bytes=5-2",
+            "bytes=-0",
+            "bytes=" + "9" * 6000 + "-",
+        ):
             with self.subTest(requested):
                 response = self.get(requested)
                 self.assert_error(response, 416)
@@ -145,49 +146,24 @@ class RangeTest(RegistryTestCase):
 
     def test_any_range_of_an_empty_blob_is_416(self) -> None:
         digest = self.client.push_blob(b"")
-        for requested in ("bytes=0-", "bytes=0-0", "bytes=1-"):
+        for requested in ("bytes=0-", "bytes=0-0", "bytes=1-", "bytes=-1"):
             with self.subTest(requested):
                 response = self.client.get(f"blobs/{digest}", {"Range": requested})
                 self.assert_error(response, 416)
                 self.assertEqual(response.headers["Content-Range"], "bytes */0")
 
-    def test_an_odd_range_never_yields_wrong_bytes(self) -> None:
+    def test_what_is_no_range_is_ignored(self) -> None:
+        """RFC 9110, 14.2; so are several ranges, which nobody has to serve."""
         for requested in (
-            "",
-            "bytes",
-            "bytes=",
-            "bytes=-",
-            "bytes=--3",
-            "bytes=-0",
-            "bytes=a-b",
-            "bytes=1",
-            "bytes=1-2-3",
-            "bytes=+1-2",
-            "bytes=0x1-2",
-            "bytes=1_0-",
-            "bytes=\xb2-\xb3",
-            "bytes=1.5-2",
-            "bytes= 1 - 2 ",
-            "bytes:1-2",
-            "items=1-2",
-            "bytes=1-2,4-5",
-            "bytes=1-2, 100-200",
-            "bytes=-1,-2",
+            "", "bytes", "bytes=", "bytes=-", "bytes=--3", "bytes=a-b", "bytes=1", "bytes=1-2-3",
+            "bytes=+1-2", "bytes=0x1-2", "bytes=1_0-", "bytes=\xb2-\xb3", "bytes=1.5-2", "bytes= 1 - 2 ",
+            "bytes:1-2", "items=1-2", "bytes=1-2,4-5", "bytes=1-2, 100-200", "bytes=-1,-2",
             "bytes=" + ",".join(["0-"] * 200),
-            "bytes=" + "9" * 6000 + "-",
-        ):
+        ):  # fmt: skip
             with self.subTest(requested[:40]):
                 response = self.get(requested)
-                self.assert_status(response, 200, 206, 400, 416)
-                self.assert_as_announced(response)
-
-    def assert_as_announced(self, response: Response) -> None:
-        if response.status == 200:
-            self.assertEqual(response.body, self.CONTENT)
-        elif response.status == 206:
-            positions = response.headers["Content-Range"].partition("/")[0].partition(" ")[2]
-            start, _, end = positions.partition("-")
-            self.assertEqual(response.body, self.CONTENT[int(start) : int(end) + 1])
+                self.assert_status(response, 200)
+                self.assertEqual(response.body, self.CONTENT)
 
     def test_a_range_counts_for_get_alone(self) -> None:
         for requested in ("bytes=2-5", "bytes=99-"):

@@ -99,6 +99,8 @@ class PreconditionTest(ManifestTestCase):
         for reference in ("tag", digest_of(self.old)):
             for method in ("GET", "HEAD"):
                 for condition, status in (
+                    ({"If-None-Match": self.etag}, 304),
+                    ({"If-None-Match": self.new_etag}, 200),
                     ({"If-Match": self.etag}, 200),
                     ({"If-Match": "*"}, 200),
                     ({"If-Match": self.new_etag}, 412),
@@ -124,6 +126,11 @@ class ConditionTest(RegistryTestCase):
                     self.assert_status(response, 304)
                     self.assertEqual(response.body, b"")
                     self.assertEqual(response.headers["ETag"], etag)
+
+    def test_a_condition_may_come_in_several_lines(self) -> None:
+        path = f"blobs/{self.client.push_blob(unique())}"
+        lines = [("If-None-Match", '"other"'), ("If-None-Match", self.client.get(path).headers["ETag"])]
+        self.assert_status(self.client.get(path, lines), 304)
 
     def test_an_etag_is_quoted(self) -> None:
         digest = self.client.push_blob(unique())

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from tests.smuggling import CORPUS, SMUGGLED
-from tests.support import (
-    HELLO,
-    HELLO_DIGEST,
-    HTTPConnectionTestCase,
-    RawConnection,
-    RegistryTestCase,
-    digest_of,
-)
+from tests.support import HELLO, HELLO_DIGEST, HTTPConnectionTestCase, RawConnection, digest_of
 
 
 class ChunkedTest(HTTPConnectionTestCase):
+    """Bodies in chunks."""
+
     CHUNKED = b"Transfer-Encoding: chunked"
 
     def test_well_formed_chunks_are_decoded(self) -> None:
@@ -52,126 +47,14 @@ class ChunkedTest(HTTPConnectionTestCase):
             connection.send(bytes([byte]))
         self.assert_hello(connection)
 
-    def test_malformed_chunks_are_refused(self) -> None:
-        rest = b"\r\n0\r\n\r\n"
-        for body in (
-            b"5\nhello\r\n0\r\n\r\n",
-            b"5\rhello\r\n0\r\n\r\n",
-            b"5\r\nhello\n0\r\n\r\n",
-            b"5\r\nhello0\r\n\r\n",
-            b"5\r\nhelloXX0\r\n\r\n",
-            b"5\r\nhelloXX\r\n0\r\n\r\n",
-            b"5\r\nhello\n\r\n0\r\n\r\n",
-            b"5\r\nhello\r\n\r\n0\r\n\r\n",
-            b"5\r\nhello\r\n0\n\r\n",
-            b"5\r\nhello\r\n0\r\nno colon\r\n\r\n",
-            b"5\r\nhello\r\n0\r\nbare: LF\n\r\n",
-            b"5\r\nhello\r\n\r\n",
-            b"5\r\nhello\r\n-0\r\n\r\n",
-            b"5\r\nhello\r\n0x0\r\n\r\n",
-            b"+5\r\nhello" + rest,
-            b"-5\r\nhello" + rest,
-            b" 5\r\nhello" + rest,
-            b"\t5\r\nhello" + rest,
-            b"0x5\r\nhello" + rest,
-            b"0X5\r\nhello" + rest,
-            b"5h\r\nhello" + rest,
-            b"0_5\r\nhello" + rest,
-            b"5.\r\nhello" + rest,
-            b"5,5\r\nhello" + rest,
-            b"\r\nhello" + rest,
-            b";x\r\nhello" + rest,
-            b"\xb5\r\nhello" + rest,
-            b"5;a\nb\r\nhello" + rest,
-            b"5;a\x00b\r\nhello" + rest,
-            b"f" * 17 + b"\r\nhello" + rest,
-            b"f" * 5000 + b"\r\nhello" + rest,
-            b"0" * 100_000 + b"5\r\nhello" + rest,
-            b"5;" + b"x" * 100_000 + b"\r\nhello" + rest,
-        ):
-            with self.subTest(body[:40]):
-                self.assert_refused(self.post(self.CHUNKED, body=body))
-
     def test_trailers_have_a_limit(self) -> None:
         body = b"5\r\nhello\r\n0\r\n"
         for trailers in (b"A: b\r\n" * 50_000, b"A: " + b"b" * 300_000 + b"\r\n"):
             self.assert_refused(self.post(self.CHUNKED, body=body + trailers + b"\r\n"))
 
-    def test_nothing_of_malformed_chunks_is_left(self) -> None:
-        self.post(self.CHUNKED, body=b"5\r\nhello\r\nX\r\n\r\n").read()
-        self.assert_nothing_unfinished()
-        self.assert_error(self.client.get("tags/list"), 404, "NAME_UNKNOWN")
-
 
 class FramingTest(HTTPConnectionTestCase):
-    def test_an_ambiguous_length_is_refused(self) -> None:
-        chunked = b"5\r\nhello\r\n0\r\n\r\n"
-        for lines, body in (
-            ([b"Content-Length: 5", b"Transfer-Encoding: chunked"], chunked),
-            ([b"Transfer-Encoding: chunked", b"Content-Length: 15"], chunked),
-            ([b"Content-Length: 5", b"Content-Length: 6"], HELLO),
-            ([b"Content-Length: 6", b"Content-Length: 5"], HELLO),
-            ([b"Content-Length: 5", b"content-length: 05"], HELLO),
-            ([b"Content-Length: 5, 6"], HELLO),
-            ([b"Content-Length: +5"], HELLO),
-            ([b"Content-Length: -5"], HELLO),
-            ([b"Content-Length: 0x5"], HELLO),
-            ([b"Content-Length: 5.0"], HELLO),
-            ([b"Content-Length: 0_5"], HELLO),
-            ([b"Content-Length: 5 5"], HELLO),
-            ([b"Content-Length: 5;"], HELLO),
-            ([b"Content-Length: five"], HELLO),
-            ([b"Content-Length:"], HELLO),
-            ([b'Content-Length: "5"'], HELLO),
-            ([b"Content-Length: \xb2"], HELLO),
-            ([b"Content-Length: \xd9\xa5"], HELLO),
-        ):
-            with self.subTest(lines):
-                self.assert_refused(self.post(*lines, body=body))
-
-    def test_a_length_beyond_all_bounds_is_refused(self) -> None:
-        for length in (b"9" * 30, b"9" * 5000):
-            with self.subTest(length[:40]):
-                self.assert_refused(self.post(b"Content-Length: " + length))
-
-    def test_another_transfer_coding_is_refused(self) -> None:
-        chunked = b"5\r\nhello\r\n0\r\n\r\n"
-        for lines in (
-            [b"Transfer-Encoding: gzip"],
-            [b"Transfer-Encoding: gzip, chunked"],
-            [b"Transfer-Encoding: chunked, gzip"],
-            [b"Transfer-Encoding: chunked, chunked"],
-            [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
-            [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
-            [b"Transfer-Encoding: identity", b"Content-Length: 5"],
-            [b"Transfer-Encoding: xchunked"],
-            [b"Transfer-Encoding: chunked;x"],
-            [b"Transfer-Encoding: \x0bchunked"],
-            [b'Transfer-Encoding: "chunked"'],
-            [b"Transfer-Encoding:", b"Content-Length: 5"],
-        ):
-            with self.subTest(lines):
-                self.assert_refused(self.post(*lines, body=chunked))
-
-    def test_a_malformed_header_line_is_refused(self) -> None:
-        for line in (
-            b" folded: onto the line before",
-            b"X: folded\r\n onto the next",
-            b"X: folded\r\n\tonto the next",
-            b"X : space before the colon",
-            b"Content-Length : 5",
-            b"no colon",
-            b": no name",
-            b"X Y: space in the name",
-            b"X\xfc: not ASCII",
-            b"X(Y): not a token",
-            b"X\x00: NUL",
-            b"X: NUL \x00",
-            b"X: bare CR\rY: z",
-            b"X: bare CR\r",
-        ):
-            with self.subTest(line):
-                self.assert_refused(self.post(b"Content-Length: 5", line))
+    """Request lines, hosts, headers."""
 
     def test_no_control_character_begins_another_header(self) -> None:
         for separator in (b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\x85", b"\xe2\x80\xa8"):
@@ -180,68 +63,34 @@ class FramingTest(HTTPConnectionTestCase):
                 response = self.post(b"Content-Length: 5", line).read()
                 self.assert_status(response, 400 if separator == b"\r" else 201)
 
-    def test_bare_line_feeds_are_refused(self) -> None:
-        for data in (
-            b"GET /v2/ HTTP/1.1\nHost: a\n\n",
-            b"GET /v2/ HTTP/1.1\r\nHost: a\nX: y\r\n\r\n",
-            b"GET /v2/ HTTP/1.1\nHost: a\r\n\r\n",
-        ):
-            with self.subTest(data):
-                self.assert_refused(self.send(data))
-
-    def test_a_malformed_request_line_is_refused(self) -> None:
-        for line in (
-            b"GET",
-            b"GET /v2/",
-            b"GET /v2/ HTTP/1.1 more",
-            b"GET  /v2/ HTTP/1.1",
-            b"GET /v2/ more HTTP/1.1",
-            b" GET /v2/ HTTP/1.1",
-            b"GET /v2/ HTTP/1.",
-            b"GET /v2/ HTTP/x.y",
-            b"GET /v2/ HTTP/1.1.1",
-            b"GET /v2/ HTTP/+1.1",
-            b"GET /v2/ HTTP/-1.1",
-            b"GET /v2/ http/1.1",
-            b"GET /v2/ FTP/1.1",
-            b"GET /v2/ HTTP/2.0",
-            b"GET /v2/ HTTP/9999999999999999999999.1",
-            b"GET /v2/\x00 HTTP/1.1",
-            b"G\x00T /v2/ HTTP/1.1",
-            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        ):
-            with self.subTest(line):
-                connection = self.send(line + b"\r\nHost: a\r\n\r\n")
-                response = connection.read()
-                self.assert_status(response, 400, 505)
-                self.assertTrue(connection.is_closed())
+    def test_another_version_is_505(self) -> None:
+        self.assert_refused(self.send(b"GET /v2/ HTTP/2.0\r\nHost: a\r\n\r\n"), 505)
 
     def test_an_odd_target_or_method_is_a_client_error(self) -> None:
-        for line in (
-            b"OPTIONS * HTTP/1.1",
-            b"OPTIONS /v2/ HTTP/1.1",
-            b"CONNECT a:1 HTTP/1.1",
-            b"TRACE /v2/ HTTP/1.1",
-            b"get /v2/ HTTP/1.1",
-            b"__init__ /v2/ HTTP/1.1",
-            b"G" * 1000 + b" /v2/ HTTP/1.1",
-            b"GET v2/ HTTP/1.1",
-            b"GET ? HTTP/1.1",
-            b"GET //v2/ HTTP/1.1",
-            b"GET HTTP:/v2/ HTTP/1.1",
-            b"GET ftp://a/v2/ HTTP/1.1",
-            b"GET /v2/\xff/tags/list HTTP/1.1",
-            b"GET /v2/%/tags/list HTTP/1.1",
-            b"GET /v2/%zz/tags/list HTTP/1.1",
-            b"GET /v2/#fragment HTTP/1.1",
-            b"GET /v2/a/tags/list?n=%zz HTTP/1.1",
-            b"GET /v2/_catalog?n=1&n=%FF HTTP/1.1",
-            b"GET /v2/a/tags/list?" + b"&" * 5000 + b" HTTP/1.1",
-        ):
+        for line, status in {
+            b"OPTIONS *": 404,
+            b"OPTIONS /v2/": 405,
+            b"CONNECT a:1": 404,
+            b"TRACE /v2/": 405,
+            b"get /v2/": 405,
+            b"__init__ /v2/": 405,
+            b"G" * 1000 + b" /v2/": 400,
+            b"GET v2/": 404,
+            b"GET ?": 404,
+            b"GET //v2/": 404,
+            b"GET HTTP:/v2/": 404,
+            b"GET ftp://a/v2/": 404,
+            b"GET /v2/\xff/tags/list": 404,
+            b"GET /v2/%/tags/list": 404,
+            b"GET /v2/%zz/tags/list": 404,
+            b"GET /v2/#fragment": 404,
+            b"GET /v2/a/tags/list?n=%zz": 400,
+            b"GET /v2/_catalog?n=1&n=%FF": 400,
+            b"GET /v2/a/tags/list?" + b"&" * 5000: 400,
+        }.items():
             with self.subTest(line[:60]):
-                connection = self.send(line + b"\r\nHost: a\r\n\r\n")
-                response = connection.read()
-                self.assertTrue(response.status in (200, 204, 501) or 400 <= response.status < 500, response)
+                connection = self.send(line + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.assert_error(connection.read(), status)
                 self.assert_clean_afterwards(connection)
 
     def test_a_missing_repeated_or_malformed_host_is_refused(self) -> None:
@@ -309,12 +158,13 @@ class FramingTest(HTTPConnectionTestCase):
                 self.assertTrue(connection.is_closed())
 
 
-class SmugglingTest(RegistryTestCase):
-    def send(self, data: bytes) -> RawConnection:
-        upload = self.client.path(f"blobs/uploads/?digest={HELLO_DIGEST}")
-        return self.connect().send(data.replace(b"{upload}", upload.encode()))
+class MalformedTest(HTTPConnectionTestCase):
+    """Nobody hides a request in another."""
 
-    def test_what_is_ambiguous_is_refused_and_ends_the_connection(self) -> None:
+    def send(self, data: bytes) -> RawConnection:
+        return super().send(data.replace(b"{upload}", self.upload.encode()))
+
+    def test_what_is_malformed_is_refused_and_ends_the_connection(self) -> None:
         for name, data in CORPUS:
             with self.subTest(name):
                 connection = self.send(data + SMUGGLED)
@@ -325,13 +175,13 @@ class SmugglingTest(RegistryTestCase):
                 self.assertTrue(connection.is_closed(), "a second answer")
         self.assert_no_blob(self.client, HELLO_DIGEST)
         self.assert_nothing_unfinished()
+        self.assert_error(self.client.get("tags/list"), 404, "NAME_UNKNOWN")
 
     def test_it_is_refused_wherever_packets_end(self) -> None:
         for name, data in CORPUS[::5]:
             with self.subTest(name):
                 connection = self.connect()
-                upload = self.client.path(f"blobs/uploads/?digest={HELLO_DIGEST}").encode()
-                for byte in data.replace(b"{upload}", upload)[:2000]:
+                for byte in data.replace(b"{upload}", self.upload.encode())[:2000]:
                     connection.send(bytes([byte]))
                 connection.stop_sending()
                 self.assert_error(connection.read(), 400)

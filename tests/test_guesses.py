@@ -20,7 +20,7 @@ class FailureTest(AccessTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.slept: list[float] = []
-        self.resources.enter_context(mock.patch.object(registry.time, "sleep", self.slept.append))
+        self.enter(mock.patch.object(registry.time, "sleep", self.slept.append))
 
     def guess(self, client: AuthorizedClient, name: str, password: str, address: str = "") -> Response:
         headers = {"X-Forwarded-For": address} if address else {}

@@ -8,15 +8,16 @@ import io
 import itertools
 import math
 import os
-import tempfile
 import threading
 import time
 import tracemalloc
 import unittest
+from collections.abc import Callable
 from unittest import mock
 
 import registry
-from tests.daemon import Daemon
+from registry import Registry
+from tests.daemon import LINUX, Daemon, held, held_at_rest
 from tests.support import (
     MEBIBYTE,
     TIMEOUT,
@@ -27,18 +28,11 @@ from tests.support import (
     RawConnection,
     digest_of,
     elapsed,
-    is_open,
     unique,
+    wait_until,
 )
 
-LINUX = os.path.isdir("/proc/self/fd")
 HELD = 1000  # hostile connections at once
-
-
-def allow_many_files() -> None:
-    """As many open files as the system lets us have: each connection of a test takes one."""
-    if registry.resource is not None:
-        registry.raise_descriptor_limit()
 
 
 class Swarm:
@@ -71,7 +65,7 @@ class Swarm:
 
     def alive(self) -> int:
         """How many the registry has not hung up on."""
-        return sum(is_open(connection) for connection in self._connections)
+        return sum(connection.is_open() for connection in self._connections)
 
     def _be_silent(self, connection: RawConnection, client: Client) -> None:
         pass
@@ -99,10 +93,10 @@ class SlowClientTest(HTTPTestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        allow_many_files()
+        registry.raise_descriptor_limit()  # each connection takes a file
 
     def test_a_thousand_hostile_connections_keep_no_honest_client_waiting(self) -> None:
-        with tempfile.TemporaryDirectory() as data, Daemon(data, "--no-sync", "--quiet") as daemon:
+        with Daemon(self.temporary(), "--no-sync", "--quiet") as daemon:
             image = daemon.client.push_image("latest")
             with Swarm(daemon.client.host, HELD) as swarm:
                 with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -123,20 +117,13 @@ class SlowClientTest(HTTPTestCase):
 
     @unittest.skipUnless(LINUX, "counts the entries of /proc/PID/task")
     def test_hostile_connections_are_freed_once_they_are_gone(self) -> None:
-        with tempfile.TemporaryDirectory() as data, Daemon(data, "--no-sync", "--quiet") as daemon:
-            before = _threads(daemon)
+        data = DataDirectory(self.temporary())
+        with Daemon(data.path, "--no-sync", "--quiet") as daemon:
+            before = held_at_rest(daemon.process.pid)
             with Swarm(daemon.client.host, 100):
                 pass
-            deadline = time.monotonic() + TIMEOUT
-            kept = before + registry.IDLE_THREADS
-            while _threads(daemon) > kept and time.monotonic() < deadline:
-                time.sleep(0.02)
-            self.assertLessEqual(_threads(daemon), kept)
-            self.assertEqual(DataDirectory(data).unfinished(), [])
-
-
-def _threads(daemon: Daemon) -> int:
-    return len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+            wait_until(lambda: held(daemon.process.pid) == before, "for threads and files to go")
+            self.assertEqual(data.unfinished(), [])
 
 
 class ConnectionLimitTest(HTTPTestCase):
@@ -145,14 +132,11 @@ class ConnectionLimitTest(HTTPTestCase):
     LIMIT = 8
 
     def setUp(self) -> None:
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.running = stack.enter_context(registry.Registry(max_connections=self.LIMIT))
+        self.running = self.enter(Registry(max_connections=self.LIMIT))
         self.client = Client(self.running.netloc, "many")
-        self.stack = stack
 
     def connect(self) -> RawConnection:
-        return self.stack.enter_context(RawConnection(self.client.host))
+        return self.enter(RawConnection(self.client.host))
 
     def begin_upload(self) -> RawConnection:
         """A connection in the middle of a request."""
@@ -166,7 +150,7 @@ class ConnectionLimitTest(HTTPTestCase):
         few = (128, registry.resource.getrlimit(registry.resource.RLIMIT_NOFILE)[1])
         with mock.patch.object(registry.resource, "getrlimit", return_value=few), registry.Registry() as one:
             for _ in range(128):
-                self.stack.enter_context(RawConnection(one.netloc)).send(b"GET /v2/ HTTP/1.1\r\n")
+                self.enter(RawConnection(one.netloc)).send(b"GET /v2/ HTTP/1.1\r\n")
             self.assert_status(Client(one.netloc).get("/v2/"), 200)
             self.assertLess(len(one.server.connections), 64)
 
@@ -179,10 +163,7 @@ class ConnectionLimitTest(HTTPTestCase):
 
     def test_the_limit_holds_however_fast_they_come(self) -> None:
         connections = [self.connect() for _ in range(20 * self.LIMIT)]
-        deadline = time.monotonic() + 2
-        while (count := sum(map(is_open, connections))) > self.LIMIT and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.assertLessEqual(count, self.LIMIT)
+        wait_until(lambda: sum(map(RawConnection.is_open, connections)) <= self.LIMIT, "for some to go")
 
     def test_nobody_in_mid_request_has_to_make_room(self) -> None:
         busy = [self.begin_upload() for _ in range(self.LIMIT)]
@@ -199,12 +180,12 @@ class ConnectionLimitTest(HTTPTestCase):
         for hold in (self.begin_upload, lambda: self.connect().request("GET", path)):
             with self.subTest(hold), mock.patch.multiple(registry, **patience):
                 held = [hold() for _ in range(self.LIMIT)]
-                while any(each.reader.evictable_at == math.inf for each in self.connections()):
-                    time.sleep(0.01)  # until the last of them is in its body
-                self.assertEqual(len(held), self.LIMIT)
+                self.wait_for_each(lambda each: each.reader.evictable_at < math.inf)  # is in its body
                 for _ in range(3):
-                    with RawConnection(self.client.host) as honest:
-                        self.assert_status(honest.request("GET", "/v2/").read(), 200)
+                    self.assert_status(self.client.get("/v2/"), 200)
+                for connection in held:
+                    connection.reset()
+                wait_until(lambda: not self.connections(), "for all to go")
 
     def test_those_that_got_no_thread_take_no_room(self) -> None:
         error, stderr = RuntimeError("can't start new thread"), io.StringIO()
@@ -230,34 +211,31 @@ class ConnectionLimitTest(HTTPTestCase):
 
         for move in (push, pull):
             patches = {"HEADER_TIMEOUT": 0.0, "SLOWEST_BODY": 1}
-            while self.connections():  # or whoever comes would take the place of one that is not done yet
-                time.sleep(0.01)
+            # or whoever comes would take the place of one that is not done yet
+            wait_until(lambda: not self.connections(), "for all to go")
             with self.subTest(move.__name__), mock.patch.multiple(registry, **patches):
                 for _ in range(self.LIMIT):
                     move()
-                earned, deadline = time.monotonic() + 500, time.monotonic() + TIMEOUT
-                while sum(each.reader.evictable_at > earned for each in self.connections()) < self.LIMIT:
-                    self.assertLess(time.monotonic(), deadline, "what was moved counts for nothing")
-                    time.sleep(0.01)
+                earned = time.monotonic() + 500
+                self.wait_for_each(lambda each, earned=earned: each.reader.evictable_at > earned)
                 self.assert_error(self.connect().request("GET", "/v2/").read(), 503)
                 for connection in self.connections():
                     connection.hang_up()
-                while self.connections() and time.monotonic() < deadline:
-                    time.sleep(0.01)
+                wait_until(lambda: not self.connections(), "for all to go")
 
     def connections(self) -> list[registry.Connection]:
         """Those that the registry serves."""
         return list(self.running.server.connections)
 
+    def wait_for_each(self, condition: Callable[[registry.Connection], bool]) -> None:
+        """Until it holds for all that there may be."""
+        wait_until(lambda: sum(map(condition, self.connections())) == self.LIMIT, "for connections")
+
     def test_there_is_room_again_once_somebody_leaves(self) -> None:
         busy = [self.begin_upload() for _ in range(self.LIMIT)]
         self.assert_error(self.connect().request("GET", "/v2/").read(), 503)
         busy[0].reset()
-        status, deadline = 503, time.monotonic() + TIMEOUT
-        while status == 503 and time.monotonic() < deadline:
-            with RawConnection(self.client.host) as connection:
-                status = connection.request("GET", "/v2/").read().status
-        self.assertEqual(status, 200)
+        wait_until(lambda: self.client.get("/v2/").status == 200, "for room")
 
     def test_hostile_connections_above_the_limit_keep_no_honest_client_waiting(self) -> None:
         for _ in range(10 * self.LIMIT):
@@ -282,15 +260,17 @@ class CacheTest(HTTPTestCase):
 
 
 class LimitTest(HTTPConnectionTestCase):
+    """How long heads may be."""
+
     def test_a_request_line_over_8_kib_is_414(self) -> None:
         for length in (8 * 1024 + 1, 65 * 1024, MEBIBYTE):
             with self.subTest(length):
                 connection = self.connect().request("GET", "/v2/?" + "x" * length)
-                self.assert_status(connection.read(), 414)
+                self.assert_error(connection.read(), 414)
                 self.assertTrue(connection.is_closed())
 
     def test_a_request_line_that_never_ends_is_414(self) -> None:
-        self.assert_status(self.send(b"GET /v2/?" + b"x" * MEBIBYTE).read(), 414)
+        self.assert_error(self.send(b"GET /v2/?" + b"x" * MEBIBYTE).read(), 414)
 
     def test_a_request_line_under_8_kib_is_read(self) -> None:
         self.assert_status(self.client.get("/v2/?" + "x" * 8000), 200)
@@ -299,18 +279,18 @@ class LimitTest(HTTPConnectionTestCase):
         for lines in ([f"X: {'x' * 65 * 1024}"], [f"X-{n}: {'x' * 1000}" for n in range(80)]):
             with self.subTest(len(lines)):
                 connection = self.connect().request("GET", "/v2/", *lines)
-                self.assert_status(connection.read(), 431)
+                self.assert_error(connection.read(), 431)
                 self.assertTrue(connection.is_closed())
 
     def test_headers_that_never_end_are_431(self) -> None:
         for endless in (b"X: " + b"x" * MEBIBYTE, b"X: y\r\n" * 100_000):
             with self.subTest(endless[:10]):
                 connection = self.send(b"GET /v2/ HTTP/1.1\r\nHost: a\r\n" + endless)
-                self.assert_status(connection.read(), 431)
+                self.assert_error(connection.read(), 431)
 
     def test_more_than_100_header_lines_are_431(self) -> None:
         connection = self.connect().request("GET", "/v2/", *[f"X-{n}: y" for n in range(101)])
-        self.assert_status(connection.read(), 431)
+        self.assert_error(connection.read(), 431)
         self.assertTrue(connection.is_closed())
 
     def test_headers_under_the_limits_are_read(self) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tests.daemon import Daemon
 from tests.manifests import ManifestTestCase
@@ -22,12 +22,12 @@ from tests.support import (
     TIMEOUT,
     HTTPTestCase,
     RegistryTestCase,
+    Response,
     descriptor,
     digest_of,
     elapsed,
     encode,
     image_index,
-    image_manifest,
     unique,
 )
 
@@ -54,6 +54,7 @@ class RefusalTest(ManifestTestCase):
             "true": b"true",
             "single quotes": encode(self.manifest()).replace(b'"', b"'"),
             "UTF-16": encode(self.manifest()).decode().encode("utf-16"),
+            "with a byte order mark": b"\xef\xbb\xbf" + encode(self.manifest()),
         }.items():
             with self.subTest(name):
                 self.assert_error(self.put(body), 400, "MANIFEST_INVALID")
@@ -61,18 +62,11 @@ class RefusalTest(ManifestTestCase):
 
     def test_a_schema_version_other_than_2_is_refused(self) -> None:
         for version in (0, 1, 3, -2, 22, "2", [2], {"2": 2}, False, 2.5, 10**30):
-            with self.subTest(version):
-                body = encode(self.manifest(schemaVersion=version))
-                self.assert_error(self.put(body), 400, "MANIFEST_INVALID")
-                self.assert_nothing_stored(body)
+            self.assert_refused(self.manifest(schemaVersion=version))
 
     def test_a_missing_schema_version_is_refused(self) -> None:
-        for body in (
-            encode(self.manifest(schemaVersion=None)),
-            encode({**self.manifest(), "schemaVersion": None}),
-        ):
-            self.assert_error(self.put(body), 400, "MANIFEST_INVALID")
-            self.assert_nothing_stored(body)
+        self.assert_refused(self.manifest(schemaVersion=None))
+        self.assert_refused({**self.manifest(), "schemaVersion": None})
 
     def test_docker_schema_1_is_refused(self) -> None:
         manifest = {
@@ -84,9 +78,7 @@ class RefusalTest(ManifestTestCase):
             "history": [],
         }
         for kind in (SCHEMA_1, "application/vnd.docker.distribution.manifest.v1+json", "application/json"):
-            with self.subTest(kind):
-                self.assert_error(self.put(manifest, "tag", kind), 400, "MANIFEST_INVALID")
-                self.assert_nothing_stored(encode(manifest))
+            self.assert_refused(manifest, kind)
 
     def test_a_descriptor_with_a_bad_digest_is_refused(self) -> None:
         for digest in (
@@ -136,84 +128,89 @@ class RefusalTest(ManifestTestCase):
             {"layers": [[descriptor(b"{}")]]},
             {"subject": "sha256:" + "a" * 64},
             {"subject": [descriptor(b"{}")]},
+            {"manifests": []},
+            {"subject": {}},
             {"mediaType": 7},
             {"mediaType": [OCI_MANIFEST]},
-        ):
-            with self.subTest(change):
-                body = encode(self.manifest(**change))
-                self.assert_error(self.put(body), 400, "MANIFEST_INVALID")
-                self.assert_nothing_stored(body)
-
-    def test_children_of_the_wrong_kind_are_refused(self) -> None:
-        for children in ("text", 7, {"a": 1}, [None], [[]], ["sha256:" + "a" * 64]):
-            with self.subTest(children):
-                body = encode({**image_index([]), "manifests": children})
-                self.assert_error(self.put(body, "tag", OCI_INDEX), 400, "MANIFEST_INVALID")
-                self.assert_nothing_stored(body)
-
-    def test_odd_values_in_known_members_do_no_harm(self) -> None:
-        subject = descriptor(b"odd subject", OCI_MANIFEST)
-        for change in (
+            {"mediaType": OCI_INDEX},
             {"artifactType": 7},
             {"artifactType": ["a"]},
-            {"artifactType": ""},
             {"artifactType": "\ud800"},
             {"artifactType": "a\u0000b"},
             {"annotations": "text"},
             {"annotations": ["a"]},
             {"annotations": {"a": 7, "b": {"c": []}}},
+            {"config": {**descriptor(b"{}"), "mediaType": 7}},
+            {"layers": [{**descriptor(b"{}"), "mediaType": []}]},
+        ):
+            self.assert_refused({**self.manifest(), **change})
+
+    def test_neither_image_nor_index_is_refused(self) -> None:
+        without = {**self.manifest(), "config": None}
+        for manifest in ({"a": 1}, {"schemaVersion": 2}, without, image_index([], mediaType=OCI_MANIFEST)):
+            self.assert_refused(manifest)
+
+    def assert_refused(self, manifest: Any, media_type: str = OCI_MANIFEST) -> None:
+        body = encode(manifest)
+        with self.subTest(body[:200]):
+            self.assert_error(self.put(body, "tag", media_type), 400, "MANIFEST_INVALID")
+            self.assert_nothing_stored(body)
+
+    def test_children_of_the_wrong_kind_are_refused(self) -> None:
+        for children in ("text", 7, {"a": 1}, [None], [[]], ["sha256:" + "a" * 64]):
+            self.assert_refused({**image_index([]), "manifests": children}, OCI_INDEX)
+
+    def test_odd_values_do_no_harm(self) -> None:
+        subject = descriptor(b"odd subject", OCI_MANIFEST)
+        for change in (
+            {"artifactType": ""},
             {"annotations": {"\ud800": "\udfff"}},
             {"annotations": {"a\u0000b": "c\u0000d"}},
-            {"config": {**descriptor(b"{}"), "mediaType": 7}},
             {"config": {**descriptor(b"{}"), "mediaType": None}},
             {"config": {**descriptor(b"{}"), "urls": 7, "annotations": [], "platform": "x"}},
             {"layers": [{**descriptor(b"{}"), "urls": 7}]},
-            {"layers": [{**descriptor(b"{}"), "urls": None, "mediaType": []}]},
+            {"layers": [{**descriptor(b"{}"), "urls": None}]},
         ):
             with self.subTest(change):
-                self.assert_status(self.put(self.manifest(subject=subject, **change)), 201, 400)
-                response = self.client.get(f"referrers/{subject['digest']}")
-                self.assert_status(response, 200)
-                self.assertIsInstance(response.json["manifests"], list)
+                body = encode(self.manifest(subject=subject, **change))
+                self.assert_status(self.put(body), 201)
+                listed = self.client.expect(200, "GET", f"referrers/{subject['digest']}").json["manifests"]
+                self.assertIn(digest_of(body), [each["digest"] for each in listed])
 
-    def test_a_huge_number_does_no_harm(self) -> None:
+    def test_numbers_have_twenty_digits_at_most_and_are_finite(self) -> None:
         text = encode(self.manifest(x=0)).decode()
-        size = json.dumps(len(self.layer))
-        for number in (
-            "9" * 19,
-            "9" * 30,
-            "9" * 400,
-            "9" * 5000,
-            "1e999",
-            "-1e999",
-            "NaN",
-            "Infinity",
-            "1e-999",
+        size = f'"size": {len(self.layer)}'
+        for number, anywhere, as_size in (
+            ("9" * 20, 201, 201),
+            ("9" * 21, 400, 400),
+            ("-" + "9" * 21, 400, 400),
+            ("9" * 5000, 400, 400),
+            ("9" * MEBIBYTE, 400, 400),
+            ("1e999", 201, 400),
+            ("-1e999", 201, 400),
+            ("1e-999", 201, 400),
+            ("NaN", 400, 400),
+            ("Infinity", 400, 400),
         ):
-            for body in (
-                text.replace('"x": 0', f'"x": {number}'),
-                text.replace(f'"size": {size}', f'"size": {number}'),
-                text.replace('"schemaVersion": 2', f'"schemaVersion": {number}'),
+            for old, new, status in (
+                ('"x": 0', '"x": ', anywhere),
+                (size, '"size": ', as_size),
+                ('"schemaVersion": 2', '"schemaVersion": ', 400),
             ):
-                with self.subTest(number[:20], body=body.index(number)):
+                with self.subTest(number[:25], place=new):
+                    body = text.replace(old, new + number)
                     self.assertIn(number, body)
-                    self.assert_status(self.put(body.encode()), 201, 400)
-                    self.assert_status(self.client.get("manifests/tag"), 200, 404)
-
-    def test_a_number_of_a_megabyte_takes_no_time(self) -> None:
-        body = encode(self.manifest(x=0)).replace(b'"x": 0', b'"x": ' + b"9" * MEBIBYTE)
-        self.assertLess(elapsed(lambda: self.assert_status(self.put(body), 201, 400)), 5)
+                    response: list[Response] = []
+                    self.assertLess(elapsed(lambda: response.append(self.put(body.encode()))), 5)  # noqa: B023
+                    self.assert_status(response[0], status)
 
     def test_deep_nesting_does_no_harm(self) -> None:
         text = encode(self.manifest(x=0))
-        for depth in (900, 5_000, 100_000, 1_900_000):
-            for before, after in ((b"[", b"]"), (b'{"":', b"}"), (b"[", b"")):
-                if depth * len(before + after) < LIMIT - 1000:
-                    with self.subTest(depth, before=before, after=after):
-                        nested = before * depth + b"0" + after * depth
-                        response = self.put(text.replace(b'"x": 0', b'"x": ' + nested))
-                        self.assert_status(response, 201, 400)
-                        self.assert_status(self.client.get("/v2/"), 200)
+        for before, after in ((b"[", b"]"), (b'{"":', b"}"), (b"[", b"")):
+            for depth, status in ((900, 201 if after else 400), (100_000, 400), (600_000, 400)):
+                with self.subTest(depth, before=before, after=after):
+                    nested = before * depth + b"0" + after * depth
+                    self.assert_status(self.put(text.replace(b'"x": 0', b'"x": ' + nested)), status)
 
     def test_ordinary_nesting_is_accepted(self) -> None:
         text = encode(self.manifest(x=0))
@@ -259,7 +256,7 @@ class RefusalTest(ManifestTestCase):
             "..%2F..%2Fregistry.db",
         ):
             with self.subTest(reference):
-                self.assert_status(self.put(body, reference), 400, 404 if "%2F" in reference else 400)
+                self.assert_status(self.put(body, reference), 404 if "%2F" in reference else 400)
                 self.assert_nothing_stored(body)
                 for method in ("GET", "HEAD"):
                     self.assertEqual(self.client.request(method, f"manifests/{reference}").status, 404)
@@ -268,10 +265,11 @@ class RefusalTest(ManifestTestCase):
         body = encode(self.manifest())
         for reference in ("sha256:abc", "sha256:" + "A" * 64, "md5:" + "a" * 32, f"{digest_of(body)}%0A"):
             with self.subTest(reference):
-                self.assert_error(self.put(body, reference), 400)
+                self.assert_error(self.put(body, reference), 400, "DIGEST_INVALID")
                 self.assert_nothing_stored(body)
                 for method in ("GET", "DELETE"):
-                    self.assert_status(self.client.request(method, f"manifests/{reference}"), 400, 404)
+                    response = self.client.request(method, f"manifests/{reference}")
+                    self.assert_error(response, 400, "DIGEST_INVALID")
 
 
 LINUX = os.path.isdir("/proc/self/fd")
@@ -320,8 +318,6 @@ BOMBS = {
 class BombTest(RegistryTestCase):
     """Manifests made to cost more than they weigh."""
 
-    options: ClassVar = {"sync": False}
-
     def test_none_takes_long_or_is_stored(self) -> None:
         before = self.data.files()
         for name, body in BOMBS.items():
@@ -345,29 +341,13 @@ class BombTest(RegistryTestCase):
             push = pool.submit(self.client.put_manifest, body, "many", OCI_MANIFEST)
             while not push.done():
                 times.append(elapsed(lambda: self.other.push_blob(unique())))
-        self.assert_status(push.result(), 201, 400)
+        self.assert_status(push.result(), 201)
         self.assertLess(max(times), 5)
 
     def test_a_larger_one_is_refused_unread(self) -> None:
         for headers in (f"Content-Length: {BOMB + 1}", f"Content-Length: {2**50}"):
             connection = self.connect().request("PUT", self.client.path("manifests/bomb"), headers)
             self.assert_error(connection.read(), 413, "SIZE_INVALID")
-
-    def test_a_larger_one_in_chunks_is_refused(self) -> None:
-        pieces = iter([b"[" * MEBIBYTE] * 6)
-        response = self.client.put("manifests/bomb", pieces, {"Content-Type": OCI_MANIFEST})
-        self.assert_error(response, 413, "SIZE_INVALID")
-
-    def test_a_name_given_twice_is_what_the_reader_of_the_bytes_sees(self) -> None:
-        """Whatever is made of it, the bytes served are the bytes pushed."""
-        for blob in (b"{}", b"layer"):
-            self.client.push_blob(blob)
-        manifest = encode(image_manifest(descriptor(b"{}"), [descriptor(b"layer")]))
-        twice = manifest.replace(b'"layers"', b'"layers": [], "layers"')
-        response = self.client.put_manifest(twice, "twice", OCI_MANIFEST)
-        self.assert_status(response, 201, 400)
-        if response.status == 201:
-            self.assertEqual(self.client.get("manifests/twice").body, twice)
 
 
 @unittest.skipUnless(LINUX, "reads /proc/PID/status")

@@ -86,7 +86,7 @@ class MountTest(UploadTestCase):
                 content = unique()
                 self.finish(response.headers["Location"], content, content)
 
-    def test_mounting_a_malformed_digest_is_no_server_error(self) -> None:
+    def test_mounting_a_malformed_digest_is_400(self) -> None:
         for digest in MALFORMED_QUERIES:
             with self.subTest(digest):
-                self.assert_status(self.mount(digest, self.other.repository), 202, 400)
+                self.assert_error(self.mount(digest, self.other.repository), 400, "DIGEST_INVALID")

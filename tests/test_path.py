@@ -10,7 +10,7 @@ import tempfile
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import registry
@@ -42,6 +42,8 @@ TRAVERSALS = (
     "C:%5csecret",
     "con",
     "a" * 300,
+    "a/../..",
+    "%5c..%5c",
 )
 
 
@@ -53,7 +55,6 @@ def _fill_in(path: str, values: dict[str, str]) -> str:
 class TraversalTest(RegistryTestCase):
     """No segment of any path, and no parameter, is ever taken for a file's name."""
 
-    options: ClassVar = {"sync": False}
     SECRET = b"the secret beside the data directory"
 
     def setUp(self) -> None:
@@ -89,6 +90,9 @@ class TraversalTest(RegistryTestCase):
                 yield "POST", upload + query
             yield "GET", self.client.path(f"tags/list?last={bad}")
             yield "GET", f"/{bad}"
+            yield "GET", f"/{bad}/registry.db"
+            yield "GET", self.client.path(f"blobs/uploads/{bad}/registry.db")
+            yield "GET", self.client.path(f"blobs/sha256:{bad}/registry.db")
             yield "GET", f"/v2/{bad}"
 
     def test_every_segment_of_every_route(self) -> None:
@@ -108,14 +112,11 @@ class TraversalTest(RegistryTestCase):
 class SymlinkTest(RegistryTestCase):
     """Somebody has put links into the data directory; none of them leads anywhere."""
 
-    options: ClassVar = {"sync": False}
     SECRET = b"what a link points at"
 
     def setUp(self) -> None:
         super().setUp()
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.victim = Path(directory.name) / "victim"
+        self.victim = self.temporary() / "victim"
         self.victim.write_bytes(self.SECRET)
 
     def assert_victim_untouched(self) -> None:
@@ -126,17 +127,11 @@ class SymlinkTest(RegistryTestCase):
         path.unlink(missing_ok=True)
         path.symlink_to(self.victim)
 
-    def blob_path(self, digest: str) -> Path:
-        return self.data.path / "blobs" / digest.replace(":", "/")
-
     def replaced_blob(self, size: int) -> str:
         """A blob of this size that was replaced by a link; its digest."""
         digest = self.client.push_blob(unique().ljust(size, b"."))
-        self.plant(self.blob_path(digest))
+        self.plant(self.data.blob(digest))
         return digest
-
-    def session_path(self, location: str) -> Path:
-        return self.data.path / "uploads" / location.rpartition("/")[2]
 
     def test_a_blob_that_is_a_link_is_not_served(self) -> None:
         for size in (len(self.SECRET), len(self.SECRET) + 5):
@@ -152,13 +147,13 @@ class SymlinkTest(RegistryTestCase):
         manifest = encode(image_manifest(descriptor(b"{}")))
         self.victim.write_bytes(b" " * len(manifest))
         self.client.push_manifest(manifest, "latest")
-        self.plant(self.blob_path(digest_of(manifest)))
+        self.plant(self.data.blob(digest_of(manifest)))
         with mock.patch.object(self.registry.store, "_cache", registry.Cache(0)):
             self.assert_error(self.client.get("manifests/latest"), 404, "MANIFEST_UNKNOWN")
 
     def test_pushing_over_a_link_replaces_it(self) -> None:
         content = unique()
-        path = self.blob_path(digest_of(content))
+        path = self.data.blob(digest_of(content))
         self.plant(path)
         self.client.push_blob(content)
         self.assertFalse(path.is_symlink())
@@ -183,7 +178,7 @@ class SymlinkTest(RegistryTestCase):
             with self.subTest(method, digest=digest):
                 self.victim.write_bytes(self.SECRET)
                 location = self.client.open_upload()
-                self.plant(self.session_path(location))
+                self.plant(self.data.upload(location))
                 response = self.client.request(
                     method, with_digest(location, digest) if digest else location, body
                 )
@@ -194,7 +189,7 @@ class SymlinkTest(RegistryTestCase):
 
     def test_an_upload_that_is_a_link_tells_nothing(self) -> None:
         location = self.client.open_upload()
-        self.plant(self.session_path(location))
+        self.plant(self.data.upload(location))
         response = self.client.get(location)
         self.assertNotIn(f"0-{len(self.SECRET) - 1}", response.headers.getall("Range"))
 

@@ -42,6 +42,12 @@ class MissingBlobTest(ManifestTestCase):
         self.assert_missing(self.manifest(layers=[first, present, second]), first, second)
         self.assert_missing(self.manifest(config=config, layers=[first, second]), config, first, second)
 
+    def test_a_thousand_are_named_at_most(self) -> None:
+        layers = [{"digest": f"sha256:{number:064}", "size": 1} for number in range(2000)]
+        response = self.client.put_manifest(self.manifest(layers=layers), "tag")
+        self.assert_error(response, 400, "MANIFEST_BLOB_UNKNOWN")
+        self.assertEqual(len(response.json["errors"]), 1000)
+
     def test_every_missing_child_is_named(self) -> None:
         self.client.push_manifest(self.manifest())
         present = descriptor(encode(self.manifest()), OCI_MANIFEST)

@@ -8,6 +8,7 @@ from tests.support import (
     Client,
     HTTPConnectionTestCase,
     digest_of,
+    elapsed,
     encode,
     image_index,
     unique,
@@ -16,6 +17,8 @@ from tests.support import (
 
 
 class RouteTest(HTTPConnectionTestCase):
+    """Paths and methods."""
+
     def test_the_root_answers(self) -> None:
         response = self.client.get("/v2/")
         self.assertEqual((response.status, response.json), (200, {}))
@@ -34,6 +37,9 @@ class RouteTest(HTTPConnectionTestCase):
             "/v2/_catalog/",
             "/v2/_catalog/x",
             "/v2/blobs",
+            "/v2/a",
+            "/v2//tags/list",
+            "/v2/manifests/x",
             self.client.path("unknown/x"),
             self.client.path("tags"),
             self.client.path("tags/x"),
@@ -83,55 +89,10 @@ class RouteTest(HTTPConnectionTestCase):
             self.assertEqual(response.headers["Allow"], methods)
         self.client.expect(202, "DELETE", f"manifests/{index}")
 
-    def test_no_path_leads_out_of_the_data_directory(self) -> None:
-        before = self.snapshot()
-        digest = self.client.push_blob(HELLO)
-        self.client.expect(202, "DELETE", f"blobs/{digest}")
-        names = (
-            "..",
-            "../..",
-            "%2e%2e",
-            "..%2f..",
-            "%2e%2e%2f%2e%2e",
-            "a/../..",
-            ".",
-            "%5c..%5c",
-            "a%00",
-            "/etc",
-        )
-        for name in names:
-            for path in (
-                f"/v2/{name}/blobs/uploads/",
-                f"/v2/{name}/blobs/uploads/{name}",
-                f"/v2/{name}/manifests/latest",
-                f"/v2/{name}/manifests/{name}",
-                f"/v2/{name}/tags/list",
-                f"/v2/{name}/blobs/sha256:{name}",
-                f"/v2/{name}",
-                f"/{name}/registry.db",
-                self.client.path(f"blobs/uploads/{name}/registry.db"),
-                self.client.path(f"blobs/sha256:{name}/registry.db"),
-                self.client.path(f"blobs/{name}"),
-                self.client.path(f"manifests/{name}"),
-                self.client.path(f"manifests/sha256:{name}"),
-                self.client.path(f"referrers/sha256:{name}"),
-            ):
-                for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
-                    with self.subTest(path, method=method):
-                        status = self.client.request(method, path).status
-                        self.assertTrue(status in (200, 301, 307, 308) or 400 <= status < 500, status)
-                        if status == 200:
-                            self.assertEqual((path, method), ("/v2/.", "GET"))
-        self.assertEqual(self.snapshot(), before)
+    def test_uploads_begin_without_a_slash_at_the_end_too(self) -> None:
+        self.client.expect(202, "POST", "blobs/uploads")
 
-    def snapshot(self) -> tuple:
-        return (
-            sorted(path.name for path in self.data.path.iterdir()),
-            self.data.unfinished(),
-            self.data.files(),
-        )
-
-    def test_an_encoded_slash_never_crashes(self) -> None:
+    def test_an_encoded_slash_is_a_slash(self) -> None:
         encoded = self.client.repository.replace("/", "%2F")
         digest = self.client.push_blob(HELLO)
         for path in (
@@ -140,10 +101,12 @@ class RouteTest(HTTPConnectionTestCase):
             f"/v2/{encoded}%2Ftags%2Flist",
         ):
             with self.subTest(path):
-                self.assert_status(self.client.get(path), 200, 400, 404)
+                self.assert_status(self.client.get(path), 200)
 
 
 class NameTest(HTTPConnectionTestCase):
+    """Names of repositories."""
+
     GOOD = (
         "a/blobs/uploads",
         "manifests/tags",
@@ -262,6 +225,15 @@ class NameTest(HTTPConnectionTestCase):
                     ):
                         with self.subTest(name[:60], method=method, path=path):
                             self.assertEqual(self.client.at(name).request(method, path).status, 404)
+
+    def test_a_hostile_name_costs_no_time(self) -> None:
+        self.assertLess(elapsed(lambda: self.client.get(f"/v2/{'a-' * 127}!/tags/list")), 1)
+
+    def test_a_bad_name_comes_back_cut(self) -> None:
+        for name in ("X" * 8000, "%F0%9F%98%80" * 600):
+            response = self.client.post(f"/v2/{name}/blobs/uploads/")
+            self.assert_error(response, 400, "NAME_INVALID")
+            self.assertLess(len(response.json["errors"][0]["detail"]), 301)
 
     def test_a_path_that_is_not_utf_8_is_a_client_error(self) -> None:
         for name in ("%FF", "%C3", "%ED%A0%80", "a%80"):

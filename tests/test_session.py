@@ -5,15 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
-from tests.support import (
-    EMPTY_SHA256,
-    MALFORMED_QUERIES,
-    UploadTestCase,
-    digest_of,
-    run_at_once,
-    unique,
-    with_digest,
-)
+from tests.support import MALFORMED_QUERIES, UploadTestCase, digest_of, run_at_once, unique, with_digest
 
 
 class SessionTest(UploadTestCase):
@@ -132,23 +124,6 @@ class SessionTest(UploadTestCase):
         self.assert_error(response, 404, "BLOB_UPLOAD_UNKNOWN")
         self.assertEqual(self.received(location), "0-0")
 
-    def test_a_session_id_is_never_a_path(self) -> None:
-        before = sorted(path.name for path in self.data.path.iterdir())
-        for session in (
-            "..",
-            "%2E%2E",
-            "..%2F..%2Fregistry.db",
-            "%2E%2E%2Fregistry.db",
-            ".",
-            "a%00b",
-            "%FF",
-        ):
-            for method in ("GET", "PATCH", "PUT", "DELETE"):
-                with self.subTest(session, method=method):
-                    path = f"blobs/uploads/{session}?digest={EMPTY_SHA256}"
-                    self.assert_status(self.client.request(method, path), 400, 404, 405)
-        self.assertEqual(sorted(path.name for path in self.data.path.iterdir()), before)
-
     def test_a_session_can_be_finished_once(self) -> None:
         content = unique()
         location = self.client.open_upload()
@@ -170,7 +145,9 @@ class SessionTest(UploadTestCase):
             append = functools.partial(self.append, location, b"more")
             finished, *appended = run_at_once(finish, *[append] * 4)
             self.assertLessEqual({response.status for response in appended}, {202, 404, 416})
-            self.assert_status(finished, 201, 400, 416)
+            self.assertIn(
+                finished.status, (201, 400, 416), finished
+            )  # before an append, after one, or during it
             if finished.status == 201:
                 self.assert_blob(self.client, content)
                 self.assertEqual(self.data.files()[digest_of(content)], len(content))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 from tests.manifests import ManifestTestCase
 from tests.support import OCI_MANIFEST, RegistryTestCase, Response, digest_of, encode, pages
 
@@ -160,9 +162,13 @@ class TagListTest(RegistryTestCase):
                 self.assertEqual(self.tags(f"?last={last}&n=1"), expected[:1])
 
     def test_an_odd_last_does_no_harm(self) -> None:
-        for last in ("%00", "%FF", "%C3%BC", "%20", "a%2Fb", "'%3B--", "%25", "x" * 5000, "%ED%A0%80"):
+        for last in ("%00", "%C3%BC", "%20", "a%2Fb", "'%3B--", "%25", "x" * 5000):
             with self.subTest(last[:20]):
-                self.assert_status(self.client.get(f"tags/list?last={last}"), 200, 400)
+                listed = [tag for tag in self.TAGS if tag > unquote(last)]
+                self.assertEqual(self.tags(f"?last={last}"), listed)
+        for last in ("%FF", "%ED%A0%80"):  # not UTF-8
+            with self.subTest(last):
+                self.assert_error(self.client.get(f"tags/list?last={last}"), 400)
 
     def test_no_tags_are_listed_when_none_are_wanted(self) -> None:
         for query in ("?n=0", "?n=0&last=a"):
@@ -172,10 +178,9 @@ class TagListTest(RegistryTestCase):
                 self.assertNotIn("Link", response.headers)
 
     def test_more_than_there_are_gives_all(self) -> None:
-        for count in HUGE_COUNTS:
-            with self.subTest(count):
+        for count in (*HUGE_COUNTS, "9" * 6000):
+            with self.subTest(count[:40]):
                 self.assertEqual(len(self.tags(f"?n={count}")), len(self.TAGS))
-        self.assert_status(self.client.get("tags/list?n=" + "9" * 6000), 200, 400)
 
     def test_a_count_that_is_none_is_400(self) -> None:
         for count in BAD_COUNTS:

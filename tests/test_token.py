@@ -93,7 +93,7 @@ class TokenTest(AccessTestCase):
                 token = client.as_caller(user(name)).token(f"repository:team/app:{wanted}")
                 self.assertEqual(self.actions(client, token), actions)
 
-    def test_odd_scopes_are_ignored_or_refused(self) -> None:
+    def test_odd_scopes_are_ignored(self) -> None:
         client = self.serve(GRANTS).as_caller(user("deleter"))
         for scope in (
             "", "x", "repository", "repository:", "repository::pull", "repository:team/app:fly",
@@ -102,10 +102,9 @@ class TokenTest(AccessTestCase):
         ):  # fmt: skip
             with self.subTest(scope[:40]):
                 response = client.get(f"/token?scope={scope}")
-                self.assert_status(response, 200, 400)
-                if response.status == 200:
-                    caller = client.as_caller(f"Bearer {response.json['token']}")
-                    self.assert_status(caller.post("blobs/uploads/"), 401)
+                self.assert_status(response, 200)
+                caller = client.as_caller(f"Bearer {response.json['token']}")
+                self.assert_status(caller.post("blobs/uploads/"), 401)
 
     def test_the_password_form(self) -> None:
         name, password = "j\xf6rg k+m", "p&=%+ \xe9\u20ac'\""
@@ -168,10 +167,7 @@ class TokenTest(AccessTestCase):
         client = self.serve().as_caller(user("deleter"))
         token = client.bearer("repository:team/app:pull")
         response = client.as_caller(token).get("/token?scope=repository:other:pull,push,delete")
-        if response.status == 200:
-            self.assertEqual(self.actions(client, response.json["token"], "other"), set())
-        else:
-            self.assert_error(response, 401, "UNAUTHORIZED")
+        self.assert_error(response, 401, "UNAUTHORIZED")
 
     def test_a_token_expires(self) -> None:
         self.patch(TOKEN_LIFETIME=1)
@@ -224,7 +220,7 @@ class TokenTest(AccessTestCase):
             registry.Registry(str(self.data.path), users=str(self.users), sync=False) for _ in range(4)
         ]
         for one in run_at_once(*(one.start for one in running)):
-            self.resources.callback(one.close)
+            self.addCleanup(one.close)
         first, *others = (AuthorizedClient(one.netloc, "a", user("puller")) for one in running)
         token = first.bearer("repository:a:pull")
         for client in others:
@@ -287,7 +283,7 @@ class TokenTest(AccessTestCase):
                     host = "" if name == "Host" else "Host: a\r\n"
                     request = f"GET /v2/ HTTP/1.1\r\n{host}{name}: {value}\r\n\r\n"
                     response = connection.send(request.encode("latin-1")).read()
-                    self.assert_status(response, 400, 401)
+                    self.assert_status(response, 400 if name == "Host" else 401)
                     for given in response.headers.getall("WWW-Authenticate"):
                         self.assertIsNotNone(challenge.fullmatch(given), given)
 

@@ -95,22 +95,21 @@ class PatchTest(UploadTestCase):
     def test_a_malformed_content_range_appends_nothing(self) -> None:
         location = self.client.open_upload()
         self.append(location, b"abcde")
-        malformed = "abc", "5", "5-", "-9", "9-5", "5-9-10", "5 9", "5.0-9", "\xb2-\xb3", "5-" + "9" * 5000
-        for content_range in malformed:
-            with self.subTest(content_range[:20]):
+        for content_range in ("abc", "5", "5-", "-9", "9-5", "5-9-10", "5 9", "5.0-9", "\xb2-\xb3"):
+            with self.subTest(content_range):
                 response = self.append(location, b"fghij", content_range)
-                self.assert_status(response, 400, 416)
+                self.assert_error(response, 416, "BLOB_UPLOAD_INVALID")
                 self.assertEqual(self.received(location), "0-4")
         self.finish(location, b"abcde")
 
     def test_a_range_of_another_length_than_the_body_is_never_taken_whole(self) -> None:
-        for content_range in ("5-6", "5-20"):
-            with self.subTest(content_range):
+        for content_range in ("5-6", "5-20", "5-" + "9" * 5000):
+            with self.subTest(content_range[:20]):
                 location = self.client.open_upload()
                 self.append(location, b"abcde")
                 for body in (b"fghij", iter([b"fg", b"hij"])):
                     response = self.client.patch(location, body, {"Content-Range": content_range})
-                    self.assert_status(response, 400, 416)
+                    self.assert_error(response, 400, "SIZE_INVALID")
                     self.assertEqual(self.received(location), "0-4")
                 self.finish(location, b"abcdefghij", b"fghij")
 
@@ -175,7 +174,7 @@ class PatchTest(UploadTestCase):
         appends = [functools.partial(self.append, location, content) for content in contents]
         taken = {}
         for response, content in zip(run_at_once(*appends), contents):
-            self.assert_status(response, 202, 416)
+            self.assertIn(response.status, (202, 416), response)  # the other has the session's lock
             if response.status == 202:
                 taken[len(response.headers["Range"]), response.headers["Range"]] = content
         self.assertGreater(len(taken), 0)

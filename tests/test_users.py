@@ -138,7 +138,7 @@ class UsersTest(AccessTestCase):
 
     def test_a_password_is_hashed_once_and_then_remembered(self) -> None:
         check = mock.Mock(wraps=lambda password: password == "right")
-        self.resources.enter_context(mock.patch.object(registry, "password_check", lambda _hashed: check))
+        self.enter(mock.patch.object(registry, "password_check", lambda _hashed: check))
         client = self.serve()
         for _ in range(5):
             self.assertEqual(self.log_in(client, "puller", "right"), 200)
@@ -150,7 +150,7 @@ class UsersTest(AccessTestCase):
     def test_what_is_remembered_is_forgotten_in_time(self) -> None:
         self.patch(PASSWORD_LIFETIME=0.0)
         check = mock.Mock(return_value=True)
-        self.resources.enter_context(mock.patch.object(registry, "password_check", lambda _hashed: check))
+        self.enter(mock.patch.object(registry, "password_check", lambda _hashed: check))
         client = self.serve()
         for _ in range(2):
             self.assertEqual(self.log_in(client, "puller", "right"), 200)
@@ -158,7 +158,7 @@ class UsersTest(AccessTestCase):
 
     def test_a_password_in_use_stays_remembered(self) -> None:
         check = mock.Mock(return_value=True)
-        self.resources.enter_context(mock.patch.object(registry, "password_check", lambda _hashed: check))
+        self.enter(mock.patch.object(registry, "password_check", lambda _hashed: check))
         access = registry.Access(str(self.users))
         for moment in range(0, 20_000, 3_000):
             with mock.patch.object(registry.time, "monotonic", return_value=float(moment)):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tests import upkeep
-from tests.support import Client, Image, RegistryTestCase, digest_of, encode, image_index
+from tests.support import OwnRegistryTestCase, digest_of, encode, image_index
 from tests.upkeep import DAY
 
 
@@ -20,19 +20,8 @@ def add_garbage(data: Path, count: int) -> None:
     upkeep.change(data, f"INSERT INTO repository_blobs ({columns}) {links}")
 
 
-class CollectionTestCase(RegistryTestCase):
+class CollectionTestCase(OwnRegistryTestCase):
     """Collects in process, on contents that have grown old."""
-
-    options: ClassVar[dict[str, Any]] = {"sync": False}
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        """Each test has a registry of its own, since a collection sees all repositories."""
-
-    def setUp(self) -> None:
-        super().setUpClass()
-        self.addCleanup(self.doClassCleanups)
-        super().setUp()
 
     def collect(self, *, age: float = DAY, **policy: Any) -> list[str]:
         """Let everything be this old, collect, and return the digests of what went."""
@@ -40,13 +29,6 @@ class CollectionTestCase(RegistryTestCase):
         removed = upkeep.collect(self.registry.store, **policy)
         self.assert_consistent()
         return [digest for _, digest in removed]
-
-    def assert_lives(self, image: Image, reference: str = "", client: Client | None = None) -> None:
-        client = client or self.client
-        manifest = client.expect(200, "GET", f"manifests/{reference or image.digest}")
-        self.assertEqual(manifest.body, image.body)
-        for content in image.blobs:
-            self.assert_blob(client, content)
 
     def assert_gone(self, *contents: bytes) -> None:
         for content in contents:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
 
 from tests import upkeep
-from tests.support import RegistryTestCase, digest_of
+from tests.support import DataDirectory, OwnRegistryTestCase, digest_of
 
 
 class Damage:
@@ -14,9 +13,7 @@ class Damage:
 
     def __init__(self, data: Path) -> None:
         self.data = data
-
-    def path(self, digest: str) -> Path:
-        return self.data / "blobs" / digest.replace(":", "/")
+        self.path = DataDirectory(data).blob
 
     def flip_bit(self, digest: str) -> None:
         content = bytearray(self.path(digest).read_bytes())
@@ -44,18 +41,10 @@ class Damage:
             upkeep.change(self.data, f"DELETE FROM {table} WHERE digest = ?", digest)
 
 
-class VerifyTestCase(RegistryTestCase):
-    """An image to damage, and a registry of its own for each test."""
-
-    options: ClassVar[dict[str, Any]] = {"sync": False}
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        """Each test has a registry of its own, since a verification sees everything."""
+class VerifyTestCase(OwnRegistryTestCase):
+    """An image to damage."""
 
     def setUp(self) -> None:
-        super().setUpClass()
-        self.addCleanup(self.doClassCleanups)
         super().setUp()
         self.damage = Damage(self.data.path)
         self.image = self.client.push_image("v1", layers=2)

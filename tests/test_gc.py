@@ -31,14 +31,14 @@ class Liveness(CollectionTestCase):
     def test_everything_of_a_tagged_image_lives(self) -> None:
         image = self.client.push_image("v1", layers=3)
         self.assertEqual(self.collect(untagged_after=HOUR), [])
-        self.assert_lives(image, "v1")
+        self.assert_image(self.client, image, "v1")
 
     def test_what_nested_indexes_reach_lives(self) -> None:
         image = self.client.push_image()
         index = self.push_index(image.descriptor)
         self.push_index(descriptor(index, "application/vnd.oci.image.index.v1+json"), tag="outer")
         self.assertEqual(self.collect(untagged_after=HOUR), [])
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
     def test_the_blobs_of_a_buildkit_cache_live(self) -> None:
         layers = [unique("cached layer") for _ in range(3)]
@@ -57,7 +57,7 @@ class Liveness(CollectionTestCase):
         listing = self.push_index(attestation.descriptor, subject=image.descriptor)
         self.assertEqual(self.collect(untagged_after=HOUR), [])
         for referrer in (signature, attestation):
-            self.assert_lives(referrer)
+            self.assert_image(self.client, referrer)
         self.client.expect(200, "GET", f"manifests/{digest_of(listing)}")
 
     def test_referrers_of_a_child_of_a_tagged_index_live(self) -> None:
@@ -65,7 +65,7 @@ class Liveness(CollectionTestCase):
         signature = self.client.push_image(subject=child.descriptor)
         self.push_index(child.descriptor, tag="multi")
         self.assertEqual(self.collect(untagged_after=HOUR), [])
-        self.assert_lives(signature)
+        self.assert_image(self.client, signature)
 
     def test_referrers_go_with_their_subject(self) -> None:
         image = self.client.push_image()
@@ -79,7 +79,7 @@ class Liveness(CollectionTestCase):
         subject = descriptor(unique(), "application/vnd.oci.image.manifest.v1+json")
         signature = self.client.push_image("signature", subject=subject)
         self.assertEqual(self.collect(untagged_after=HOUR), [])
-        self.assert_lives(signature, "signature")
+        self.assert_image(self.client, signature, "signature")
 
     def test_a_layer_that_a_live_image_shares_with_a_dead_one_lives(self) -> None:
         shared = unique("shared")
@@ -94,7 +94,7 @@ class Liveness(CollectionTestCase):
         dead, alive = images
         self.client.expect(202, "DELETE", f"manifests/{dead.digest}")
         self.assertEqual(self.collect(), [digest_of(dead.config)])
-        self.assert_lives(alive, "alive")
+        self.assert_image(self.client, alive, "alive")
 
     def test_a_blob_that_two_repositories_have_lives_while_one_needs_it(self) -> None:
         image = self.client.push_image("v1")
@@ -103,7 +103,7 @@ class Liveness(CollectionTestCase):
         self.other.expect(201, "POST", path)
         self.assertEqual(self.collect(), [digest_of(layer)])
         self.assertEqual(self.data.links(digest_of(layer)), [self.client.repository])
-        self.assert_lives(image, "v1")
+        self.assert_image(self.client, image, "v1")
 
     def test_an_open_upload_is_left_alone(self) -> None:
         content = unique()
@@ -137,7 +137,7 @@ class WhatGoes(CollectionTestCase):
             self.assertEqual(self.client.head(f"blobs/{digest_of(content)}").status, 404)
             self.client.push_blob(content)
         self.client.push_manifest(image.body, "v1")
-        self.assert_lives(image, "v1")
+        self.assert_image(self.client, image, "v1")
 
     def test_more_garbage_than_one_batch_goes_in_one_run(self) -> None:
         with self.client.keep_alive() as client:
@@ -148,24 +148,24 @@ class WhatGoes(CollectionTestCase):
     def test_untagged_manifests_stay_unless_told_otherwise(self) -> None:
         image = self.client.push_image()
         self.assertEqual(self.collect(age=900 * DAY), [])
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
     def test_untagged_manifests_go_after_the_time_given(self) -> None:
         old, young = self.client.push_image(), self.client.push_image()
         upkeep.everything(self.data.path, 6 * DAY, old.digest)
         self.collect(age=2 * DAY, untagged_after=7 * DAY)
         self.assert_gone(old.body, *old.blobs)
-        self.assert_lives(young)
+        self.assert_image(self.client, young)
 
     def test_what_a_tag_was_moved_from_goes_some_time_after_that(self) -> None:
         old, new = self.client.push_image("v1"), self.client.push_image()
         upkeep.everything(self.data.path, 30 * DAY)
         self.client.push_manifest(new.body, "v1")
         self.assertEqual(self.collect(age=HOUR * 2, untagged_after=DAY), [])
-        self.assert_lives(old)
+        self.assert_image(self.client, old)
         self.collect(age=2 * DAY, untagged_after=DAY)
         self.assert_gone(old.body, *old.blobs)
-        self.assert_lives(new, "v1")
+        self.assert_image(self.client, new, "v1")
 
     def test_what_a_tag_was_deleted_from_goes_some_time_after_that(self) -> None:
         image = self.client.push_image("v1")
@@ -193,14 +193,14 @@ class WhatGoes(CollectionTestCase):
             with self.subTest(repository=client.repository, number=number):
                 status = client.head(f"manifests/{image.digest}").status
                 self.assertEqual(status, 200 if number >= 2 else 404)
-        self.assert_lives(images[self.other, 3], client=self.other)
+        self.assert_image(self.other, images[self.other, 3])
 
     def test_tagged_manifests_do_not_count_among_the_newest_untagged(self) -> None:
         image = self.client.push_image()
         for number in range(3):
             self.client.push_image(f"v{number}")
         self.assertEqual(self.collect(untagged_after=HOUR, keep_last=1), [])
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
 
 class DryRun(CollectionTestCase):
@@ -234,7 +234,7 @@ class DryRun(CollectionTestCase):
 
         collector = registry.Collector(self.registry.store, registry.Policy(), push)
         collector.run(dry_run=True)
-        self.assert_lives(pushed[0], "v1", self.other)
+        self.assert_image(self.other, pushed[0], "v1")
         self.assertEqual(len(upkeep.collect(self.registry.store)), 5)
 
     def test_so_does_one_that_looks_at_the_size(self) -> None:
@@ -271,7 +271,7 @@ class Walk(CollectionTestCase):
             self.assertTrue(path.exists())
             self.assertEqual(self.walk(dry_run=dry_run), [("file", digest_of(content))])
         self.assert_consistent()
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
         self.assertEqual(self.walk(), [])
 
     def test_a_file_is_young_that_was_written_or_renamed_within_the_grace(self) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import os
 import queue
 import re
@@ -14,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-import unittest
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +19,16 @@ from unittest import mock
 import registry
 from tests import upkeep
 from tests.collecting import CollectionTestCase, add_garbage
-from tests.daemon import Daemon, python
-from tests.support import ROOT, TIMEOUT, Client, DataDirectory, digest_of, run_at_once, unique
+from tests.daemon import Daemon, DaemonTestCase, command, unread
+from tests.support import (
+    TIMEOUT,
+    Client,
+    HTTPTestCase,
+    OwnRegistryTestCase,
+    digest_of,
+    run_at_once,
+    unique,
+)
 from tests.upkeep import DAY, HOUR, MINUTE
 
 
@@ -70,20 +75,11 @@ class Stopping(CollectionTestCase):
         self.assertGreater(left, 0)
 
 
-class Command(unittest.TestCase):
-    """`python registry.py gc`, beside a running daemon."""
-
-    def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = DataDirectory(directory.name)
-        self.daemon = Daemon(directory.name, "--quiet", "--gc-interval", "0")
-        self.addCleanup(self.daemon.kill)
-        self.daemon.start()
-        self.client = self.daemon.client
+class Command(OwnRegistryTestCase):
+    """`python registry.py gc`, beside a registry that serves."""
 
     def gc(self, *options: str) -> tuple[int, list[str], str]:
-        done = python("registry.py", "gc", "--data", str(self.data.path), *options)
+        done = command("gc", "--data", str(self.data.path), *options)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     def test_it_prints_what_it_removed_and_how_many_bytes_that_freed(self) -> None:
@@ -103,14 +99,6 @@ class Command(unittest.TestCase):
         self.assertEqual(self.client.head(f"blobs/{digest}").status, 404)
         self.client.push_blob(content)
 
-    def test_the_running_daemon_serves_nothing_of_what_was_removed(self) -> None:
-        image = self.client.push_image()
-        self.client.expect(200, "GET", f"manifests/{image.digest}")
-        upkeep.everything(self.data.path, DAY)
-        self.gc("--untagged-after", "1h")
-        for path in (f"manifests/{image.digest}", f"blobs/{digest_of(image.config)}"):
-            self.assertEqual(self.client.get(path).status, 404)
-
     def test_with_nothing_to_do_it_succeeds(self) -> None:
         status, lines, _ = self.gc()
         self.assertEqual((status, len(lines)), (0, 1))
@@ -120,47 +108,43 @@ class Command(unittest.TestCase):
             for _ in range(120):
                 client.push_blob(unique())
         upkeep.everything(self.data.path, DAY)
-        reader, writer = os.pipe()
-        os.close(reader)
-        try:
-            command = [sys.executable, "registry.py", "gc", "--data", str(self.data.path)]
-            done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
-        finally:
-            os.close(writer)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        done = unread("gc", "--data", str(self.data.path))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(self.data.files(), {})
 
     def test_all_walks_over_the_files_too(self) -> None:
         left = self.data.path / "blobs" / "sha256" / ("3" * 64)
         left.write_bytes(b"left by a crash")
         self.assertEqual(self.gc("--all")[1], ["removed nothing"], "it is young")
-        tomorrow, printed = time.time() + DAY, io.StringIO()
-        with mock.patch("time.time", lambda: tomorrow), contextlib.redirect_stdout(printed):
+        tomorrow, printed = time.time() + DAY, []
+        with mock.patch("time.time", lambda: tomorrow):
             for options in ((), ("--all", "--dry-run"), ("--all",)):
                 self.assertTrue(left.exists())
-                self.assertEqual(registry.main(["gc", "--data", str(self.data.path), *options]), 0)
+                status, lines, _ = self.gc(*options)
+                self.assertEqual(status, 0)
+                printed += [line for line in lines if left.name in line]
         self.assertFalse(left.exists())
-        self.assertEqual(printed.getvalue().count(left.name), 2)
+        self.assertEqual(len(printed), 2)
 
     def test_a_dry_run_that_is_stopped_leaves_no_copy(self) -> None:
         self.client.push_blob(unique())
         add_garbage(self.data.path, 2000)  # to say so takes more than a pipe holds
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "registry.py", "gc", "--dry-run", "--data", str(self.data.path)]
-            environment = {**os.environ, "TMPDIR": temporary}
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+        temporary = self.temporary()
+        program = [sys.executable, *Daemon.PROGRAM, "gc", "--dry-run", "--data", str(self.data.path)]
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             self.assertNotEqual(os.listdir(temporary), [])
             process.terminate()
-            process.communicate(timeout=TIMEOUT)
-            self.assertEqual((process.returncode, os.listdir(temporary)), (128 + signal.SIGTERM, []))
+            process.stdout.read()
+        self.assertEqual((process.returncode, os.listdir(temporary)), (128 + signal.SIGTERM, []))
 
     def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
-        with tempfile.TemporaryDirectory() as parent:
-            done = python("registry.py", "gc", "--data", f"{parent}/nothing")
-            self.assertNotEqual(done.returncode, 0)
-            self.assertNotIn("Traceback", done.stderr)
-            self.assertEqual(list(Path(parent).iterdir()), [])
+        parent = self.temporary()
+        for name in ("gc", "verify"):
+            done = command(name, "--data", f"{parent}/nothing")
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done)
+        self.assertEqual(os.listdir(parent), [])
 
     def test_a_grace_too_short_for_a_push_is_refused(self) -> None:
         for grace, status in (("9s", 2), ("10s", 0), ("0", 2), ("-1h", 2), ("soon", 2)):
@@ -181,26 +165,40 @@ class Command(unittest.TestCase):
             with self.subTest(options):
                 self.assertEqual(self.gc(*options)[0], 2)
 
+
+class BesideADaemon(DaemonTestCase):
+    """Collections by this process, while another serves."""
+
+    def test_the_running_daemon_serves_nothing_of_what_was_removed(self) -> None:
+        client = self.start("--quiet").client
+        image = client.push_image()
+        client.expect(200, "GET", f"manifests/{image.digest}")
+        upkeep.everything(self.path, DAY)
+        command("gc", "--data", str(self.path), "--untagged-after", "1h")
+        for path in (f"manifests/{image.digest}", f"blobs/{digest_of(image.config)}"):
+            self.assertEqual(client.get(path).status, 404)
+
     def test_pushes_from_another_process_never_miss_a_blob_while_collections_run(self) -> None:
         """Each round leaves garbage that the next one relies on after asking for it."""
-        image = self.client.push_image("v1", layers=3)
+        client = self.start("--quiet", "--no-sync").client
+        image = client.push_image("v1", layers=3)
         finished = threading.Event()
 
         def push_again_and_again() -> None:
             try:
                 for _ in range(20):
-                    self.client.expect(202, "DELETE", f"manifests/{image.digest}")
-                    upkeep.everything(self.data.path, HOUR)
+                    client.expect(202, "DELETE", f"manifests/{image.digest}")
+                    upkeep.everything(self.path, HOUR)
                     for content in image.blobs:
-                        if self.client.head(f"blobs/{digest_of(content)}").status == 404:
-                            self.client.push_blob(content)
-                    self.client.push_manifest(image.body, "v1")
+                        if client.head(f"blobs/{digest_of(content)}").status == 404:
+                            client.push_blob(content)
+                    client.push_manifest(image.body, "v1")
             finally:
                 finished.set()
 
         def collect() -> int:
             runs = 0
-            with upkeep.opened(self.data.path) as store:
+            with upkeep.opened(self.path) as store:
                 while not finished.is_set():
                     upkeep.collect(store, grace=30 * MINUTE)
                     runs += 1
@@ -208,25 +206,24 @@ class Command(unittest.TestCase):
 
         _, runs = run_at_once(push_again_and_again, collect)
         self.assertGreater(runs, 0)
-        for content in image.blobs:
-            self.assertEqual(self.client.expect(200, "GET", f"blobs/{digest_of(content)}").body, content)
+        self.assert_image(client, image, "v1")
 
 
-class Housekeeping(unittest.TestCase):
+class Housekeeping(HTTPTestCase):
     """The daemon collects by itself."""
 
     def test_it_collects_at_its_interval(self) -> None:
-        with tempfile.TemporaryDirectory() as data:
-            options = ("--gc-interval", "1s", "--grace", "10s", "--untagged-after", "10s")
-            with Daemon(data, *options) as daemon:
-                image = daemon.client.push_image()
-                kept = daemon.client.push_image("v1")
-                upkeep.everything(Path(data), HOUR)
+        data = self.temporary()
+        options = ("--gc-interval", "0.2s", "--grace", "10s", "--untagged-after", "10s")
+        with Daemon(data, *options) as daemon:
+            image = daemon.client.push_image()
+            kept = daemon.client.push_image("v1")
+            upkeep.everything(data, HOUR)
+            line = daemon.read_line()
+            while "gc removed" not in line:  # after the lines of the access log
                 line = daemon.read_line()
-                while "gc removed" not in line:  # after the lines of the access log
-                    line = daemon.read_line()
-                self.assertEqual(daemon.client.head(f"manifests/{image.digest}").status, 404)
-                daemon.client.expect(200, "GET", f"manifests/{kept.digest}")
+            self.assertEqual(daemon.client.head(f"manifests/{image.digest}").status, 404)
+            daemon.client.expect(200, "GET", f"manifests/{kept.digest}")
 
     def test_it_collects_though_it_is_restarted_more_often_than_that(self) -> None:
         """An hour after the last collection, whichever process did that; the first start counts as one."""

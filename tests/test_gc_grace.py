@@ -113,7 +113,7 @@ class Grace(CollectionTestCase):
             self.client.expect(200, "HEAD", f"blobs/{digest_of(content)}")
         upkeep.collect(self.registry.store, grace=10)
         self.client.push_manifest(image.body, "v1")
-        self.assert_lives(image, "v1")
+        self.assert_image(self.client, image, "v1")
 
     def test_a_manifest_that_a_head_found_stays_for_the_grace(self) -> None:
         image = self.client.push_image()
@@ -121,19 +121,19 @@ class Grace(CollectionTestCase):
         self.client.expect(200, "HEAD", f"manifests/{image.digest}")
         upkeep.collect(self.registry.store, untagged_after=HOUR)
         self.push_index(image.descriptor, tag="multi")
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
     def test_a_manifest_pushed_again_is_as_young_as_a_new_one(self) -> None:
         image = self.client.push_image()
         upkeep.everything(self.data.path, DAY)
         self.client.push_manifest(image.body)
         upkeep.collect(self.registry.store, untagged_after=HOUR)
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
     def test_an_untagged_manifest_is_not_younger_than_the_grace_when_it_goes(self) -> None:
         image = self.client.push_image()
         self.assertEqual(self.collect(age=50 * MINUTE, untagged_after=0, grace=100 * MINUTE), [])
-        self.assert_lives(image)
+        self.assert_image(self.client, image)
 
     def test_the_layers_of_an_image_deleted_just_now_obey_the_grace_too(self) -> None:
         image = self.client.push_image("v1")
@@ -206,7 +206,7 @@ class PushUnderWay(CollectionTestCase):
         self.open_upload(2 * HOUR, written=0)
         upkeep.collect(self.registry.store, untagged_after=0)
         self.push_index(child.descriptor, tag="multi")
-        self.assert_lives(child)
+        self.assert_image(self.client, child)
 
 
 class ClockAhead(CollectionTestCase):
@@ -222,7 +222,7 @@ class ClockAhead(CollectionTestCase):
         self.collect(age=0)
         self.collect(age=2 * HOUR)
         self.assert_gone(*untagged.blobs)
-        self.assert_lives(tagged)
+        self.assert_image(self.client, tagged)
         for age in (0, 0, 2 * HOUR):  # the image goes, and then what was its own
             self.collect(age=age, max_size=10)
         self.assertEqual(self.data.files(), {})
@@ -234,5 +234,5 @@ class ClockAhead(CollectionTestCase):
         upkeep.everything(self.data.path, 1)
         newer = self.client.push_image()
         self.collect(untagged_after=HOUR, keep_last=1)
-        self.assert_lives(newer)
+        self.assert_image(self.client, newer)
         self.assert_gone(ahead.body)

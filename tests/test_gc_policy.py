@@ -152,7 +152,7 @@ class Retention(CollectionTestCase):
                     upkeep.leases_told(self.data.path, -30 * DAY, base.digest)  # stays, and its blobs with it
                     with upkeep.before_removing(lambda: arrive(orphan)):  # noqa: B023 - done at once
                         upkeep.collect(self.registry.store, **policy)
-                    self.assert_lives(orphan)
+                    self.assert_image(self.client, orphan)
                     for digest in self.data.rows(
                         "SELECT digest FROM manifests WHERE digest <> ?", base.digest
                     ):
@@ -188,7 +188,7 @@ class MaximumSize(CollectionTestCase):
         self.assertEqual(self.tags(), ["a", "c", "e"])
         self.assertLessEqual(sum(self.data.files().values()), 350_000)
         for tag in "ace":
-            self.assert_lives(images[tag], tag)
+            self.assert_image(self.client, images[tag], tag)
         self.assert_consistent()
 
     def test_layers_still_within_their_grace_do_not_cost_more_images(self) -> None:
@@ -249,7 +249,7 @@ class MaximumSize(CollectionTestCase):
         self.assertLess(sum("ORDER BY m.pulled_at" in call.args[0] for call in query.mock_calls), 5)
         self.assertEqual(len(self.data.rows("SELECT 1 FROM manifests WHERE pulled_at = 0")), 49)
         self.assertEqual([sql for sql in seen if "ORDER BY" in sql or "sum(" in sql], [])
-        self.assert_lives(image, "a")
+        self.assert_image(self.client, image, "a")
 
     def test_a_store_that_fits_loses_nothing(self) -> None:
         self.push_sized("a")
@@ -268,7 +268,7 @@ class MaximumSize(CollectionTestCase):
     def test_what_was_pushed_within_the_grace_stays(self) -> None:
         image = self.push_sized("a")
         self.assertEqual(self.collect(age=30 * MINUTE, max_size=1000), [])
-        self.assert_lives(image, "a")
+        self.assert_image(self.client, image, "a")
 
     def test_an_index_goes_with_its_children_and_not_one_of_them_alone(self) -> None:
         child = self.push_sized("child")
@@ -279,6 +279,6 @@ class MaximumSize(CollectionTestCase):
             upkeep.manifests_pushed(self.data.path, days * DAY, digest)
         self.collect(max_size=150_000)
         self.assertEqual(self.tags(), ["young"])
-        self.assert_lives(young, "young")
+        self.assert_image(self.client, young, "young")
         self.assertEqual(self.client.head(f"manifests/{digest_of(index)}").status, 404)
         self.assert_gone(child.body, *child.blobs)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-import subprocess
 import sys
 import tempfile
-import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,13 @@ from unittest import mock
 import registry
 from registry import Registry
 from tests import upkeep
-from tests.daemon import Daemon, python
+from tests.daemon import Daemon, DaemonTestCase, command, run
 from tests.damage import Damage, VerifyTestCase
+from tests.mounts import no_read_only, on_read_only_disk
 from tests.support import (
     MEBIBYTE,
-    ROOT,
-    Client,
-    DataDirectory,
-    HTTPTestCase,
     Image,
+    OwnRegistryTestCase,
     descriptor,
     digest_of,
     encode,
@@ -34,7 +30,6 @@ from tests.support import (
     unique,
     with_digest,
 )
-from tests.test_read_only import can_remount
 
 
 class WhatIsFound(VerifyTestCase):
@@ -182,21 +177,15 @@ class Unreadable(VerifyTestCase):
         self.assert_it_stops(lambda path, *_args, **_options: Failing(path), errno.EIO)
 
 
-class Command(HTTPTestCase):
-    """`python registry.py verify`, beside a running daemon."""
+class Command(OwnRegistryTestCase):
+    """`python registry.py verify`, beside a registry that serves."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = DataDirectory(directory.name)
+        super().setUp()
         self.damage = Damage(self.data.path)
-        self.daemon = Daemon(directory.name, "--quiet")
-        self.addCleanup(self.daemon.kill)
-        self.daemon.start()
-        self.client = self.daemon.client
 
     def verify(self, *options: str) -> tuple[int, list[str]]:
-        done = python("registry.py", "verify", "--data", str(self.data.path), *options)
+        done = command("verify", "--data", str(self.data.path), *options)
         self.assertNotIn("Traceback", done.stderr)
         return done.returncode, done.stdout.splitlines()
 
@@ -229,71 +218,23 @@ class Command(HTTPTestCase):
         self.assertEqual(self.verify("--repair")[0], 1)
         self.assertEqual(self.verify()[0], 0)
 
-    def test_the_daemon_sees_a_repair_at_once(self) -> None:
-        image = self.client.push_image("v1")
-        self.client.expect(200, "GET", "manifests/v1")
-        self.damage.flip_bit(image.digest)
-        self.verify("--repair")
-        self.assertEqual(self.client.get("manifests/v1").status, 404)
-        self.client.push_manifest(image.body, "v1")
-        self.assertEqual(self.client.expect(200, "GET", "manifests/v1").body, image.body)
-
-    def test_pushes_and_deletes_meanwhile_are_no_damage(self) -> None:
-        results: list[tuple[int, list[str]]] = []
-
-        def push_and_delete() -> list[Image]:
-            kept = []
-            while not results:
-                image = self.client.push_image("v1")
-                self.client.expect(202, "DELETE", f"manifests/{image.digest}")
-                for content in image.blobs:
-                    self.client.expect(202, "DELETE", f"blobs/{digest_of(content)}")
-                kept = [self.client.push_image("kept")]
-            return kept
-
-        def verify() -> None:
-            found = [self.verify("--repair") for _ in range(3)]
-            results.extend(found)
-
-        (kept,), _ = run_at_once(push_and_delete, verify)
-        for status, lines in results:
-            self.assertEqual(status, 0, lines)
-        self.assert_pullable(self.client, kept)
-
-    def assert_pullable(self, client: Client, image: Image) -> None:
-        self.assertEqual(client.expect(200, "GET", f"manifests/{image.digest}").body, image.body)
-        for content in image.blobs:
-            self.assertEqual(client.expect(200, "GET", f"blobs/{digest_of(content)}").body, content)
-
     def test_most_files_missing_is_one_line_until_it_is_forced(self) -> None:
         self.damage.remove(self.client.push_blob(unique()))
-        arguments = ("registry.py", "verify", "--repair", "--data", str(self.data.path))
-        done = python(*arguments)
+        arguments = ("verify", "--repair", "--data", str(self.data.path))
+        done = command(*arguments)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertRegex(done.stderr, r"\Aregistry\.py: 1 of 1 files are missing; [^\n]*--force\n\Z")
         self.assertEqual(len(self.data.recorded()), 1)
-        self.assertEqual(python(*arguments, "--force").returncode, 1)
+        self.assertEqual(command(*arguments, "--force").returncode, 1)
         self.assertEqual(self.verify(), (0, ["no problems found"]))
 
-    @unittest.skipUnless(can_remount(), "needs root's rights and unshare")
     def test_it_looks_at_a_read_only_disk_and_repairs_nothing_there(self) -> None:
+        if no_read_only():
+            self.skipTest(no_read_only())
         digest = self.client.push_blob(unique())
-        self.assertEqual(self.daemon.stop(), 0)
+        self.registry.close()
         (self.data.path / "blobs" / "sha512").rmdir()  # as a copy may lack an empty directory
-        script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
-        data = str(self.data.path)
-        command = [
-            "unshare",
-            "--mount",
-            "sh",
-            "-c",
-            script,
-            "sh",
-            data,
-            sys.executable,
-            "registry.py",
-            "verify",
-        ]
+        verify = (*on_read_only_disk(self.data.path), sys.executable, *Daemon.PROGRAM, "verify")
         for change, options, status, output, errors in (
             (lambda: None, (), 0, r"no problems found\n", r""),
             (lambda: self.damage.flip_bit(digest), (), 1, rf"corrupt {digest}\n1 problems found\n", r""),
@@ -301,20 +242,47 @@ class Command(HTTPTestCase):
         ):
             change()
             with self.subTest(output):
-                done = subprocess.run(
-                    [*command, "--data", data, *options],
-                    cwd=ROOT,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
+                done = run(*verify, "--data", self.data.path, *options)
                 self.assertEqual(done.returncode, status, done)
                 self.assertRegex(done.stdout, rf"\A{output}\Z")
                 self.assertRegex(done.stderr, rf"\A{errors}\Z")
 
-    def test_a_data_directory_that_is_none_is_an_error_and_is_not_made(self) -> None:
-        with tempfile.TemporaryDirectory() as parent:
-            done = python("registry.py", "verify", "--data", f"{parent}/nothing")
-            self.assertNotEqual(done.returncode, 0)
-            self.assertNotIn("Traceback", done.stderr)
-            self.assertEqual(list(Path(parent).iterdir()), [])
+
+class BesideADaemon(DaemonTestCase):
+    """Verifying while another process serves."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = self.start("--quiet").client
+
+    def test_the_daemon_sees_a_repair_at_once(self) -> None:
+        image = self.client.push_image("v1")
+        self.client.expect(200, "GET", "manifests/v1")
+        Damage(self.path).flip_bit(image.digest)
+        command("verify", "--data", str(self.path), "--repair")
+        self.assertEqual(self.client.get("manifests/v1").status, 404)
+        self.client.push_manifest(image.body, "v1")
+        self.assert_image(self.client, image, "v1")
+
+    def test_pushes_and_deletes_meanwhile_are_no_damage(self) -> None:
+        verified: list[int] = []
+
+        def push_and_delete() -> Image:
+            kept = self.client.push_image("kept")
+            while not verified:
+                image = self.client.push_image("v1")
+                self.client.expect(202, "DELETE", f"manifests/{image.digest}")
+                for content in image.blobs:
+                    self.client.expect(202, "DELETE", f"blobs/{digest_of(content)}")
+                kept = self.client.push_image("kept")
+            return kept
+
+        def verify() -> None:
+            program = (sys.executable, *Daemon.PROGRAM, "verify", "--repair", "--data", self.path)
+            found = [run(*program) for _ in range(3)]
+            verified.append(len(found))
+            for done in found:
+                self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+
+        kept, _ = run_at_once(push_and_delete, verify)
+        self.assert_image(self.client, kept, "kept")

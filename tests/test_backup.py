@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-import tempfile
 import threading
 import unittest
-from pathlib import Path
 
-from tests.daemon import Daemon, python
-from tests.support import ROOT, HTTPTestCase, digest_of
+from tests.daemon import Daemon, command, run
+from tests.support import ROOT, HTTPTestCase
 
 
 def readme_commands() -> str:
@@ -25,39 +22,26 @@ def readme_commands() -> str:
 @unittest.skipUnless(sys.platform == "linux", "the commands are those of GNU's cp")
 class BackupTest(HTTPTestCase):
     def setUp(self) -> None:
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.directory = temporary.name
+        self.directory = self.temporary()
 
     def test_a_backup_taken_during_pushes_restores_all_that_was_there_before(self) -> None:
-        with Daemon(Path(self.directory, "data"), "--quiet") as daemon:
+        with Daemon(self.directory / "data", "--quiet") as daemon:
             before = [daemon.client.push_image(f"before-{number}") for number in range(5)]
             stop = threading.Event()
             pusher = threading.Thread(target=self.push_until, args=(daemon, stop))
             pusher.start()
             try:
-                done = subprocess.run(
-                    ["sh", "-e", "-c", readme_commands()],
-                    cwd=self.directory,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
+                done = run("sh", "-e", "-c", readme_commands(), cwd=self.directory)
             finally:
                 stop.set()
                 pusher.join()
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        backup = Path(self.directory, "backup")
-        verified = python(str(ROOT / "registry.py"), "verify", "--data", str(backup))
+        backup = self.directory / "backup"
+        verified = command("verify", "--data", str(backup))
         self.assertNotRegex(verified.stdout, "missing|corrupt|truncated|dangling|database")
         with Daemon(backup, "--quiet") as restored:
             for number, image in enumerate(before):
-                manifest = restored.client.get(f"manifests/before-{number}")
-                self.assertEqual(
-                    (manifest.status, manifest.headers["Docker-Content-Digest"]), (200, image.digest)
-                )
-                for blob in image.blobs:
-                    self.assertEqual(restored.client.get(f"blobs/{digest_of(blob)}").body, blob)
+                self.assert_image(restored.client, image, f"before-{number}")
             restored.client.push_image("after")
 
     def push_until(self, daemon: Daemon, stop: threading.Event) -> None:

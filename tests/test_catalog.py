@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from urllib.parse import quote
 
 from registry import Registry
@@ -29,11 +28,7 @@ class CatalogTest(HTTPTestCase):
     NAMES = ("0", "a", "a-b", "a.b", "a/b", "a/b/c", "a1", "a_b", "ab", "b/blobs/uploads", "z")
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        registry = Registry(data=directory.name)
-        self.client = Client(registry.__enter__().netloc)
-        self.addCleanup(registry.__exit__, None, None, None)
+        self.client = Client(self.enter(Registry()).netloc)
 
     def push(self) -> None:
         for name in reversed(self.NAMES):

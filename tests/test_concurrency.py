@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import tempfile
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest import mock
 
 import registry
@@ -20,6 +21,7 @@ from tests.support import (
     OCI_CONFIG,
     OCI_INDEX,
     OCI_MANIFEST,
+    TIMEOUT,
     Client,
     RegistryTestCase,
     descriptor,
@@ -277,19 +279,32 @@ class SharedDirectoryTest(ConcurrencyTestCase):
 
     def test_a_deletion_that_comes_late_touches_no_other_repository(self) -> None:
         with Registry(data=str(self.data.path)) as quick, ThreadPoolExecutor(1) as pool:
-            for _ in range(3):
-                manifest = image_index([], annotations={"n": unique().decode()})
-                digest = self.client.push_manifest(manifest)
-                with self.data.locked():
-                    late = pool.submit(self.client.delete, "manifests/latest")
-                    time.sleep(0.2)  # the longer SQLite waits for a lock, the less often it tries
-                here = Client(quick.netloc, self.client.repository)
+            manifest = image_index([], annotations={"n": unique().decode()})
+            digest = self.client.push_manifest(manifest, "latest")
+            here = Client(quick.netloc, self.client.repository)
+            there = here.at(self.other.repository)
+            with self.held_up() as (begun, go_on):
+                late = pool.submit(self.client.delete, "manifests/latest")
+                self.assertTrue(begun.wait(TIMEOUT))
                 here.expect(202, "DELETE", f"manifests/{digest}")
-                there = here.at(self.other.repository)
                 there.push_manifest(manifest, "latest")
+                go_on.set()
                 self.assert_status(late.result(), 404)
-                self.assert_status(there.get("manifests/latest"), 200)
-                there.expect(202, "DELETE", f"manifests/{digest}")
+            self.assert_status(there.get("manifests/latest"), 200)
+
+    @contextlib.contextmanager
+    def held_up(self) -> Iterator[tuple[threading.Event, threading.Event]]:
+        """What the first of the two registries changes waits: set when it does, and until when it does."""
+        store, begun, go_on = self.registry.store, threading.Event(), threading.Event()
+        transaction = store.transaction
+
+        def wait(**options: Any) -> Any:
+            begun.set()
+            go_on.wait(TIMEOUT)
+            return transaction(**options)
+
+        with mock.patch.object(store, "transaction", wait):
+            yield begun, go_on
 
     def test_a_registry_that_starts_disturbs_no_upload(self) -> None:
         started = threading.Event()

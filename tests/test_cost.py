@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import quote
@@ -73,17 +71,15 @@ class CostTestCase(HTTPTestCase):
     GRANTS = "anonymous mine/** pull,push,delete"
 
     def setUp(self) -> None:
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = self.temporary()
         users, self.grants = directory / "users.txt", directory / "grants.txt"
         users.write_text("")
         self.grants.write_text(self.GRANTS)
         self.meter = Meter()
-        stack.enter_context(mock.patch("sqlite3.connect", self.meter.connect))
+        self.enter(mock.patch("sqlite3.connect", self.meter.connect))
         self.data = DataDirectory(str(directory / "data"))
         options = {"data": str(self.data.path), "users": str(users), "grants": str(self.grants)}
-        running = stack.enter_context(registry.Registry(sync=False, **options))
+        running = self.enter(registry.Registry(sync=False, **options))
         self.client = Client(running.netloc, "mine/app")
         self.client.push_blob(b"{}")
         ((self.repository,),) = self.data.rows("SELECT id FROM repositories")

@@ -153,12 +153,8 @@ class TraceTest(HTTPTestCase):
     """What is left of a registry once it has ended."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.temporary = Path(directory.name)
-        patch = mock.patch.object(tempfile, "tempdir", directory.name)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.directory = self.temporary()
+        self.enter(mock.patch.object(tempfile, "tempdir", str(self.directory)))
 
     def use(self, registry: Registry) -> None:
         client = Client(registry.netloc, "a")
@@ -169,8 +165,8 @@ class TraceTest(HTTPTestCase):
     def test_no_directory_is_left(self) -> None:
         with Registry() as registry:
             self.use(registry)
-            self.assertEqual(len(list(self.temporary.iterdir())), 1)
-        self.assertEqual(list(self.temporary.iterdir()), [])
+            self.assertEqual(len(list(self.directory.iterdir())), 1)
+        self.assertEqual(list(self.directory.iterdir()), [])
 
     def test_no_thread_is_left(self) -> None:
         before = set(threading.enumerate())
@@ -214,6 +210,7 @@ class TraceTest(HTTPTestCase):
             self.use(registry)
 
     def test_no_connection_is_left(self) -> None:
+        self.enter(mock.patch.object(Registry.close, "__defaults__", (0.1,)))  # seconds for what is under way
         before = set(threading.enumerate())
         with contextlib.ExitStack() as stack:
             with Registry() as registry:
@@ -233,7 +230,7 @@ class TraceTest(HTTPTestCase):
             self.assertEqual(set(threading.enumerate()), before)
             for connection in connections:
                 connection.drain()
-        self.assertEqual(list(self.temporary.iterdir()), [])
+        self.assertEqual(list(self.directory.iterdir()), [])
 
     def test_clients_in_mid_request_do_not_hold_it_up(self) -> None:
         def end() -> None:

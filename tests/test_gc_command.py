@@ -20,15 +20,7 @@ import registry
 from tests import upkeep
 from tests.collecting import CollectionTestCase, add_garbage
 from tests.daemon import Daemon, DaemonTestCase, command, unread
-from tests.support import (
-    TIMEOUT,
-    Client,
-    HTTPTestCase,
-    OwnRegistryTestCase,
-    digest_of,
-    run_at_once,
-    unique,
-)
+from tests.support import TIMEOUT, Client, HTTPTestCase, OwnRegistryTestCase, digest_of, run_at_once, unique
 from tests.upkeep import DAY, HOUR, MINUTE
 
 

@@ -8,8 +8,6 @@ import functools
 import io
 import itertools
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import tracemalloc
@@ -21,11 +19,18 @@ from unittest import mock
 import registry
 from registry import Registry, Store
 from tests import upkeep
-from tests.daemon import Daemon
+from tests.daemon import LINUX, Daemon, python
 from tests.steps import Step, observed
-from tests.support import Client, HTTPTestCase, RegistryTestCase, digest_of, elapsed, run_at_once, unique
-
-LINUX = sys.platform == "linux"
+from tests.support import (
+    Client,
+    HTTPTestCase,
+    RegistryTestCase,
+    digest_of,
+    elapsed,
+    run_at_once,
+    unique,
+    wait_until,
+)
 
 
 class BusyDatabase(RegistryTestCase):
@@ -34,10 +39,8 @@ class BusyDatabase(RegistryTestCase):
     def setUp(self) -> None:
         super().setUp()
         limits = Store.transaction.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
-        self.patches = contextlib.ExitStack()
-        self.addCleanup(self.patches.close)
-        self.patches.enter_context(mock.patch.dict(limits, {"timeout": 0.5}))
-        self.patches.enter_context(mock.patch.object(registry, "OPTIONAL_WRITE_TIMEOUT", 0.1, create=True))
+        self.enter(mock.patch.dict(limits, {"timeout": 0.3}))
+        self.enter(mock.patch.object(registry, "OPTIONAL_WRITE_TIMEOUT", 0.1, create=True))
 
     def test_all_who_wait_give_up_together_and_are_told_to_try_again(self) -> None:
         contents = [unique() for _ in range(8)]
@@ -96,9 +99,7 @@ class LogTest(HTTPTestCase):
     """Commits are acknowledged once SQLite's log is on the disk."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = Path(directory.name)
+        self.data = self.temporary()
 
     def is_log(self, step: Step) -> bool:
         log = self.data / "registry.db-wal"
@@ -164,8 +165,8 @@ class LogTest(HTTPTestCase):
             self.assertTrue(first.wait(10))
             for thread in threads[1:]:
                 thread.start()
-            while len(store.query("SELECT id FROM repositories")) < len(threads):
-                pass  # they commit while the first one's sync takes its time
+            # they commit while the first one's sync takes its time
+            wait_until(lambda: len(store.query("SELECT id FROM repositories")) == len(threads))
             others.set()
             for thread in threads:
                 thread.join(10)
@@ -178,12 +179,8 @@ class UnremovableFiles(RegistryTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.stderr = io.StringIO()
-        redirected = contextlib.redirect_stderr(self.stderr)
-        redirected.__enter__()
-        self.addCleanup(redirected.__exit__, None, None, None)
-
-    def path(self, digest: str) -> Path:
-        return self.data.path / "blobs" / digest.replace(":", "/")
+        self.enter(contextlib.redirect_stderr(self.stderr))
+        self.path = self.data.blob
 
     @contextlib.contextmanager
     def stuck(self, *digests: str) -> Iterator[None]:
@@ -250,9 +247,7 @@ class OutsideHands(HTTPTestCase):
     """What happens to the registry's own files from outside, but for SQLite's."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = Path(directory.name)
+        self.data = self.temporary()
 
     def files(self) -> list[Path]:
         return [path for path in self.data.iterdir() if path.is_file() and "registry.db" not in path.name]
@@ -277,11 +272,10 @@ class OutsideHands(HTTPTestCase):
         program = (
             "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 128)"
         )
-        command = [sys.executable, "-c", program, str(self.data / "registry.db-shm")]
         with contextlib.closing(Store(self.data)):
             for read_only in (False, True):
                 Store(self.data, read_only=read_only).close()
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = python("-c", program, str(self.data / "registry.db-shm"))
                 self.assertIn("BlockingIOError", done.stderr)
 
 
@@ -312,7 +306,7 @@ class Remembered(RegistryTestCase):
 
     @unittest.skipUnless(LINUX, "counts the entries of /proc/self/fd")
     def test_connections_that_a_burst_opened_are_closed_again(self) -> None:
-        numbers = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 200000)"
+        numbers = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 30000)"
         sql = f"{numbers} SELECT max(x), (SELECT count(*) FROM repositories) FROM c"
         run_at_once(*[functools.partial(self.registry.store.query, sql)] * 40)
         descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]

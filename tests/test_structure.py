@@ -7,11 +7,11 @@ import os
 import re
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
 import registry
+from tests.support import wait_until
 
 TOP = Path(__file__).resolve().parent.parent
 SOURCE = (TOP / "registry.py").read_text(encoding="utf-8")
@@ -134,8 +134,8 @@ class ReadmeTest(unittest.TestCase):
             users, data = Path(directory, "users"), Path(directory, "data")
             users.write_text("")
             with registry.Registry(data, users=str(users), gc_interval=3600):
-                while not Path(data, "last-gc").exists():  # the first collection runs beside the requests
-                    time.sleep(0.01)
+                # the first collection runs beside the requests
+                wait_until(Path(data, "last-gc").exists)
                 names = {*os.listdir(data), "corrupt"}
         listed = re.findall(r"^    ([\w.-]+)(?:, (-\w+))?", described, re.MULTILINE)
         shared = [name.partition("-")[0] + suffix for name, suffix in listed if suffix]

@@ -9,12 +9,10 @@ import socket
 import ssl
 import tempfile
 import threading
-import time
 import unittest
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest import mock
 
 import registry
 from tests.certificates import HAS_OPENSSL, Authority
@@ -28,6 +26,7 @@ from tests.support import (
     Response,
     digest_of,
     elapsed,
+    wait_until,
     with_digest,
 )
 
@@ -63,9 +62,7 @@ class TLSTestCase(HTTPTestCase):
         cls.server = cls.authority.issue("server")
 
     def setUp(self) -> None:
-        self.resources = contextlib.ExitStack()
-        self.addCleanup(self.resources.close)
-        self.directory = Path(self.resources.enter_context(tempfile.TemporaryDirectory()))
+        self.directory = self.temporary()
         self.certificate, self.key = self.directory / "tls.crt", self.directory / "tls.key"
         self.install(self.server)
 
@@ -79,7 +76,7 @@ class TLSTestCase(HTTPTestCase):
     def serve(self, **options: Any) -> SecureClient:
         """Start a registry; a client that trusts it."""
         files = {"tls_cert": str(self.certificate), "tls_key": str(self.key)}
-        self.registry = self.resources.enter_context(registry.Registry(**{**files, **options}))
+        self.registry = self.enter(registry.Registry(**{**files, **options}))
         return SecureClient(self.registry.netloc, self.trusting())
 
     def trusting(self, certificate: Path | None = None) -> ssl.SSLContext:
@@ -91,7 +88,7 @@ class TLSTestCase(HTTPTestCase):
 
     def connect(self) -> RawConnection:
         """A connection on which nobody has spoken TLS yet."""
-        return self.resources.enter_context(RawConnection(self.registry.netloc))
+        return self.enter(RawConnection(self.registry.netloc))
 
     def common_name(self) -> str:
         """Whose certificate the registry shows to a new client."""
@@ -198,7 +195,7 @@ class EndTest(TLSTestCase):
         host, _, port = self.registry.netloc.partition(":")
         plain = socket.create_connection((host, int(port)), TIMEOUT)
         secure = context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False)
-        return self.resources.enter_context(secure)
+        return self.enter(secure)
 
     def read_to_the_end(self, secure: ssl.SSLSocket) -> bytes:
         return b"".join(iter(lambda: secure.recv(65536), b""))
@@ -210,7 +207,7 @@ class EndTest(TLSTestCase):
         self.assertTrue(self.read_to_the_end(secure).endswith(b"\r\n\r\n{}\n"))
 
     def test_an_idle_connection_ends_with_it(self) -> None:
-        self.resources.enter_context(mock.patch.object(registry, "IDLE_TIMEOUT", 0.3))
+        self.patch(IDLE_TIMEOUT=0.3)
         self.serve()
         self.assertEqual(self.read_to_the_end(self.shake_hands()), b"")
 
@@ -245,8 +242,7 @@ class EndTest(TLSTestCase):
         self.assertIn(b"200 OK", secure.recv(65536))
 
     def test_whoever_owes_a_rest_makes_room(self) -> None:
-        patience = {"EVICTION_DELAY": 0.0, "LINGER_TIMEOUT": 10 * TIMEOUT}
-        self.resources.enter_context(mock.patch.multiple(registry, **patience))
+        self.patch(EVICTION_DELAY=0.0, LINGER_TIMEOUT=10 * TIMEOUT)
         client = self.serve(max_connections=4)
         for framing in (b"Content-Length: 10", b"Content-Length: 1000000", b"Transfer-Encoding: chunked"):
             for _ in range(4):
@@ -287,31 +283,28 @@ class SilenceTest(TLSTestCase):
             self.assertLess(elapsed(lambda: self.assert_status(client.get("/v2/"), 200)), 2)
 
     def test_they_are_hung_up_on(self) -> None:
-        self.resources.enter_context(mock.patch.multiple(registry, HEADER_TIMEOUT=0.5, IDLE_TIMEOUT=0.5))
+        self.patch(HEADER_TIMEOUT=0.3, IDLE_TIMEOUT=0.3)
         before = threading.active_count()
         client = self.serve()
         serving = threading.active_count()
         for connection in self.begin():
             self.assertLess(elapsed(connection.drain), TIMEOUT)
         self.assert_status(client.get("/v2/"), 200)
-        self.assertTrue(self.settles_at(serving + registry.IDLE_THREADS))
+        self.wait_for_threads(serving + registry.IDLE_THREADS)
         self.registry.close()
-        self.assertTrue(self.settles_at(before))
+        self.wait_for_threads(before)
 
     def test_those_who_vanish_leave_nothing(self) -> None:
         client = self.serve()
         serving = threading.active_count()
         for connection in self.begin():
             connection.reset()
-        self.assertTrue(self.settles_at(serving + registry.IDLE_THREADS))
+        self.wait_for_threads(serving + registry.IDLE_THREADS)
         self.assert_status(client.get("/v2/"), 200)
 
-    def settles_at(self, threads: int) -> bool:
-        """Whether in the end there are no more than so many threads."""
-        deadline = time.monotonic() + TIMEOUT
-        while threading.active_count() > threads and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return threading.active_count() <= threads
+    def wait_for_threads(self, threads: int) -> None:
+        """Until there are no more than so many."""
+        wait_until(lambda: threading.active_count() <= threads, "for threads to end")
 
     def test_they_make_room_when_there_are_too_many(self) -> None:
         client = self.serve(max_connections=8)

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import registry
-from tests.daemon import python
+from tests.daemon import command
 from tests.support import (
     OCI_CONFIG,
     OCI_MANIFEST,
@@ -134,9 +134,7 @@ DOOMED = digest_of(b"doomed")
 
 class UpgradeTest(HTTPTestCase):
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = DataDirectory(directory.name)
+        self.data = DataDirectory(self.temporary())
         self.subject = unique()
         with self.serve() as client:
             self.fill(client)
@@ -221,7 +219,7 @@ class UpgradeTest(HTTPTestCase):
         for _ in range(2):
             with self.serve() as client:
                 self.assertEqual(self.seen(client), self.before)
-        result = python("registry.py", "verify", "--data", str(self.data.path))
+        result = command("verify", "--data", str(self.data.path))
         self.assertEqual(result.returncode, 0, result)
 
     def test_the_result_is_what_a_new_database_is(self) -> None:

@@ -12,7 +12,6 @@ import os
 import shutil
 import sqlite3
 import stat
-import tempfile
 import threading
 import time
 import tracemalloc
@@ -223,9 +222,7 @@ class DirectoryTest(HTTPTestCase):
     """The directory uploads/ when others have their hands in it."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.data = Path(directory.name) / "data"
+        self.data = self.temporary() / "data"
 
     def start(self, data: str | Path = "") -> Client:
         running = registry.Registry(data or self.data).start()

@@ -6,47 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import unittest
 from pathlib import Path
 
-from tests.daemon import Daemon
-from tests.support import ROOT, TIMEOUT, HTTPTestCase, digest_of, unique
-
-
-def children(process: int) -> set[int]:
-    """The processes that a process has started."""
-    text = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
-    return {int(word) for word in text.split()}
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process runs, and is not merely waiting to be buried."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+from tests.daemon import Daemon, children, is_alive
+from tests.support import ROOT, HTTPTestCase, digest_of, unique, wait_until
 
 
 @unittest.skipUnless(Path("/proc/self/task").exists(), "needs /proc to look at processes")
 class WorkersTest(HTTPTestCase):
     def setUp(self) -> None:
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.daemon = Daemon(temporary.name, "--quiet", "--workers", "3")
-        self.daemon.start()
-        self.addCleanup(self.daemon.kill)
-        self.wait_for(lambda: len(self.workers()) == 3)
+        self.path = self.temporary()
+        self.daemon = self.enter(Daemon(self.path, "--quiet", "--workers", "3"))
+        wait_until(lambda: len(self.workers()) == 3)
 
     def workers(self) -> set[int]:
         return children(self.daemon.process.pid)
-
-    def wait_for(self, condition: object) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():  # type: ignore[operator]
-            self.assertLess(time.monotonic(), deadline, "waited in vain")
-            time.sleep(0.01)
 
     def test_what_one_worker_acknowledged_all_others_serve(self) -> None:
         client = self.daemon.client
@@ -77,21 +52,19 @@ class WorkersTest(HTTPTestCase):
         before = self.workers()
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
-        self.wait_for(lambda: len(self.workers()) == 3 and victim not in self.workers())
+        wait_until(lambda: len(self.workers()) == 3 and victim not in self.workers())
         self.assertEqual(len(self.workers() & before), 2)
         self.daemon.client.push_image("after")
 
     def test_a_process_that_it_has_inherited_may_end(self) -> None:
         command = 'sleep 60 & exec "$@"'
-        daemon = Daemon(
-            Path(self.daemon.data, "other"), "--quiet", "--workers", "2", under=["sh", "-c", command, "sh"]
-        )
+        daemon = Daemon(self.path / "other", "--quiet", "--workers", "2", under=["sh", "-c", command, "sh"])
         with daemon:
-            self.wait_for(lambda: len(children(daemon.process.pid)) == 3)
+            wait_until(lambda: len(children(daemon.process.pid)) == 3)
             inherited = min(children(daemon.process.pid))  # the first that was started
             self.assertIn(b"sleep", Path(f"/proc/{inherited}/cmdline").read_bytes())
             os.kill(inherited, signal.SIGKILL)
-            self.wait_for(lambda: len(children(daemon.process.pid)) == 2)
+            wait_until(lambda: len(children(daemon.process.pid)) == 2)
             daemon.client.push_image("after")
             self.assertEqual(daemon.stop(), 0)
 
@@ -101,8 +74,8 @@ class WorkersTest(HTTPTestCase):
             "registry.Collector.run = lambda *_, **__: os.write(1, b'%d\\n' % os.getpid())\n"
             "registry.main(sys.argv[1:])\n"
         )
-        data = str(Path(self.daemon.data, "other"))
-        options = ("--quiet", "--workers", "3", "--port", "0", "--gc-interval", "0.05s", "--data", data)
+        data = str(self.path / "other")
+        options = ("--quiet", "--workers", "3", "--port", "0", "--gc-interval", "0.01s", "--data", data)
         with subprocess.Popen(
             [sys.executable, "-c", script, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -120,7 +93,7 @@ class WorkersTest(HTTPTestCase):
     def test_workers_do_not_outlive_the_process_that_watches_them(self) -> None:
         workers = self.workers()
         self.daemon.kill()
-        self.wait_for(lambda: not [worker for worker in workers if is_alive(worker)])
+        wait_until(lambda: not [worker for worker in workers if is_alive(worker)])
 
 
 if __name__ == "__main__":

@@ -78,8 +78,10 @@ class Daemon:
     """The program serving in a process of its own, from its serving line to its end."""
 
     _SERVING = re.compile(r"Serving (.+) at (http://(.+))")
-    # `python registry.py`, but compiled once, and not by each process anew.
-    PROGRAM = ("-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import registry; sys.exit(registry.main())")
+    # `python registry.py`, but compiled once, and not by each process anew, and without what a machine may
+    # have every Python import.
+    CODE = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import registry; sys.exit(registry.main())"
+    PROGRAM = ("-S", "-c", CODE)
 
     def __init__(self, data: str | Path, *options: str, under: Sequence[str] = ()) -> None:
         """under: a command that is to run it."""

@@ -62,8 +62,8 @@ import registry  # now, and what it imports later: nobody may not be let into Py
 registry.build_parser().parse_args(['--port', '0'])
 os.setgid({NOBODY})
 os.setuid({NOBODY})
-_, _python, _c, program, *sys.argv[1:] = sys.argv
-exec(program)
+sys.argv[1:] = sys.argv[sys.argv.index("-c", 1) + 1 :]
+exec(sys.argv.pop(1))
 """
 
 

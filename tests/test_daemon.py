@@ -269,7 +269,7 @@ class StopTest(DaemonTestCase):
     def test_sigterm_does_not_wait_for_a_request_that_waits_for_the_database(self) -> None:
         daemon = Daemon(self.path)
         impatient = "import registry; registry.STOP_TIMEOUT = registry.OPTIONAL_WRITE_TIMEOUT = 0.1;"
-        daemon.program = ["-c", daemon.program[1].replace("import registry;", impatient)]
+        daemon.program = ["-c", daemon.CODE.replace("import registry;", impatient)]
         with daemon, contextlib.closing(sqlite3.connect(f"{self.path}/registry.db")) as database:
             content = unique()
             path = f"blobs/uploads/?digest={digest_of(content)}"

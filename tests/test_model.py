@@ -33,7 +33,7 @@ from tests.support import (
     with_digest,
 )
 
-STEPS = int(os.environ.get("REGISTRY_MODEL_STEPS", "5000"))
+STEPS = int(os.environ.get("REGISTRY_MODEL_STEPS", "3000"))
 SEED = int(os.environ.get("REGISTRY_MODEL_SEED", "3"))
 
 REPOSITORIES = ("one", "two/three")
@@ -340,19 +340,12 @@ class TwoProcesses(HTTPTestCase):
             for repository, blobs in player.model.blobs.items():
                 for digest in blobs:
                     player.expect_blob(repository, digest)
-            self.assert_named_by_their_digests(Path(data))
+            self.assertEqual(DataDirectory(data).disagreements(), [])
+            with upkeep.opened(Path(data)) as store:
+                self.assertEqual(upkeep.verify(store), [])
             for upload in list(player.model.uploads):
                 player.expect(204, "DELETE", upload.location)
             self.assertEqual(DataDirectory(data).unfinished(), [])
-
-    def assert_named_by_their_digests(self, data: Path) -> None:
-        """Every file under blobs/ has the bytes that it is to have, and a row."""
-        for digest in DataDirectory(str(data)).files():
-            algorithm, _, value = digest.partition(":")
-            content = (data / "blobs" / algorithm / value).read_bytes()
-            self.assertEqual(digest_of(content, algorithm), digest)
-        with upkeep.opened(data) as store:
-            self.assertEqual(upkeep.verify(store), [])
 
 
 if __name__ == "__main__":

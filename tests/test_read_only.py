@@ -117,7 +117,10 @@ class ReadOnlyMedium(ReadOnlyTestCase):
             )
             for under in (as_nobody(""), on_read_only_disk(str(data))):
                 with self.subTest(under, data=data.name):
-                    command, environment = [*under, sys.executable, "-c", script], {"TMPDIR": str(temporary)}
+                    command, environment = (
+                        [*under, sys.executable, "-S", "-c", script],
+                        {"TMPDIR": str(temporary)},
+                    )
                     done = run(*command, env={**os.environ, **environment})
                     self.assertEqual(done.stdout.strip(), digest, done)
                     self.assertEqual(list(temporary.iterdir()), [])

@@ -216,8 +216,7 @@ class FallbackTest(ReferrerTestCase):
 class PagingTest(ReferrerTestCase):
     """More referrers than fit on a page."""
 
-    COUNT = 1104
-    FEW = 300
+    COUNT, FEW = 460, 300
 
     def push_many(self, numbers: range) -> dict[str, list[str]]:
         pushed: dict[str, list[str]] = {SBOM: [], SIGNATURE: []}
@@ -252,6 +251,7 @@ class PagingTest(ReferrerTestCase):
         self.assertEqual(len(response.json["manifests"]), self.FEW)
         for kind, more in self.push_many(range(self.FEW, self.COUNT)).items():
             pushed[kind] += more
+        self.patch(REFERRER_PAGE_LIMIT=200)
         self.assertEqual(sorted(self.all_pages()), sorted(pushed[SBOM] + pushed[SIGNATURE]))
         for kind, expected in pushed.items():
             digests = self.all_pages(f"?artifactType={quote(kind, safe='')}")

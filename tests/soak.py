@@ -11,9 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import random
-import re
 import sys
 import tempfile
 import threading
@@ -26,8 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from registry import IDLE_THREADS
-from tests.daemon import Daemon, python
+from tests.daemon import Daemon, held, held_at_rest, memory, python
 from tests.support import (
     OCI_CONFIG,
     TIMEOUT,
@@ -40,6 +37,7 @@ from tests.support import (
     encode,
     image_index,
     image_manifest,
+    wait_until,
     with_digest,
 )
 
@@ -472,54 +470,15 @@ class Collector(Worker):
 # === Afterwards ===
 
 
-def open_files(daemon: Daemon) -> list[str]:
-    """What a daemon's descriptors are, but for its database, which it keeps open."""
-    directory = f"/proc/{daemon.process.pid}/fd"
-    links = []
-    for name in os.listdir(directory):
-        with contextlib.suppress(FileNotFoundError):
-            links.append(re.sub(r":\[\d+\]", "", os.readlink(f"{directory}/{name}")))
-    return sorted(link for link in links if "registry.db" not in link)
-
-
-def thread_count(daemon: Daemon) -> int:
-    """How many threads a daemon has, or may have that wait for the next connection."""
-    return max(len(os.listdir(f"/proc/{daemon.process.pid}/task")), IDLE_THREADS + 2)
-
-
-def memory(daemon: Daemon) -> int:
-    """Resident mebibytes."""
-    status = Path(f"/proc/{daemon.process.pid}/status").read_text(encoding="ascii")
-    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024
-
-
-def resources(daemon: Daemon) -> tuple[int, list[str]]:
-    return thread_count(daemon), open_files(daemon)
-
-
-def leaks(daemon: Daemon, before: tuple[int, list[str]]) -> Iterator[str]:
+def leaks(daemon: Daemon, before: tuple[int, Counter[str]]) -> Iterator[str]:
     """What a daemon still holds once its clients have gone, given a moment to notice."""
-    deadline = time.monotonic() + TIMEOUT
-    while resources(daemon) != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    threads, files = resources(daemon)
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: held(daemon.process.pid) == before)
+    threads, files = held(daemon.process.pid)
     if threads > before[0]:
         yield f"{threads} threads, and {before[0]} before"
-    extra = Counter(files) - Counter(before[1])
-    if extra:
-        yield f"descriptors left open: {dict(extra)}"
-
-
-def disagreements(data: DataDirectory) -> Iterator[str]:
-    """Where the database and the disk differ."""
-    if data.rows("PRAGMA integrity_check") != [("ok",)] or data.rows("PRAGMA foreign_key_check"):
-        yield "the database is damaged"
-    files, recorded = data.files(), data.recorded()
-    if files != recorded:
-        odd = [digest for digest in {**files, **recorded} if files.get(digest) != recorded.get(digest)]
-        yield f"files and rows differ: {odd[:10]}, {len(odd)} in all"
-    if data.unfinished():
-        yield f"left in uploads/: {data.unfinished()[:10]}"
+    if files - before[1]:
+        yield f"descriptors left open: {dict(files - before[1])}"
 
 
 def final_commands(data: str) -> Iterator[str]:
@@ -541,7 +500,7 @@ def run(options: argparse.Namespace, data: str) -> Soak:
         soak = Soak(daemons, options.seconds)
         for daemon in daemons:
             daemon.client.expect(200, "GET", "/v2/")
-        before = [quiet_resources(daemon) for daemon in daemons]
+        before = [held_at_rest(daemon.process.pid) for daemon in daemons]
         workers: list[Worker] = [kind(soak, n) for kind in (Pusher, Puller) for n in range(8)]
         workers += [Deleter(soak, 0), Deleter(soak, 1), Forger(soak, 0), Forger(soak, 1), Vandal(soak, 0)]
         workers += [Collector(soak, 0)] if options.collector == "command" else []
@@ -551,9 +510,10 @@ def run(options: argparse.Namespace, data: str) -> Soak:
             worker.join(options.seconds + 12 * TIMEOUT)
             if worker.is_alive():
                 soak.fail(f"{worker.name} hangs")
-        for daemon, held in zip(daemons, before):
-            soak.counts["mebibytes of daemon"] = max(soak.counts["mebibytes of daemon"], memory(daemon))
-            soak.failures += leaks(daemon, held)
+        for daemon, resources in zip(daemons, before):
+            resident = memory(daemon.process.pid)
+            soak.counts["mebibytes of daemon"] = max(soak.counts["mebibytes of daemon"], resident)
+            soak.failures += leaks(daemon, resources)
         if options.collector != "none":
             soak.failures += final_commands(data)
         for daemon in daemons:
@@ -562,20 +522,11 @@ def run(options: argparse.Namespace, data: str) -> Soak:
             printed = daemon.remaining_output()
             if printed.strip():
                 soak.fail(f"a daemon printed: {printed[-4000:]}")
-    soak.failures += disagreements(DataDirectory(data))
+    directory = DataDirectory(data)
+    soak.failures += directory.disagreements()
+    if directory.unfinished():
+        soak.failures.append(f"left in uploads/: {directory.unfinished()[:10]}")
     return soak
-
-
-def quiet_resources(daemon: Daemon) -> tuple[int, list[str]]:
-    """What a daemon holds when no client is connected."""
-    deadline = time.monotonic() + TIMEOUT
-    seen = resources(daemon)
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        seen, previous = resources(daemon), seen
-        if seen == previous:
-            break
-    return seen
 
 
 def parse_options() -> argparse.Namespace:

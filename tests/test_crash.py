@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import queue
-import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,6 @@ from tests.support import ROOT, TIMEOUT, Client, DataDirectory, HTTPTestCase, di
 FULL = os.environ.get("REGISTRY_CRASH_SWEEP") == "full"
 TELLING, OTHERS = 90, 25  # crash points tried when not all are
 WORKERS = 2
-SESSION_ID = re.compile(r"[0-9a-f]{32}-sha(256|512)-[0-9a-f]{16}")
 
 
 class Outcome(NamedTuple):

@@ -39,19 +39,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-TOP = Path(__file__).resolve().parents[1]
-TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "registry-ci" / "bin"
-PATH = os.pathsep.join([str(TOOLS), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.daemon import free_port
+from tests.support import OCI_CONFIG, OCI_MANIFEST, ROOT, descriptor, digest_of, image_manifest
+from tests.tools import PATH, program
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CHUNK = 32 * KIB  # what docker's uploads are chunked into
 ACCEPT = "Accept: application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json"
 TIMEOUT = 120.0  # seconds for one reply
 STARTUP = 30.0  # seconds for a server to answer
-
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
-OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 HASHING, WRITING = "SHA-256 of {big} in memory", "writing {big} with fsync"
 IMAGES, TAGS, BIG, PUSHED = "bench/images", "bench/tags", "bench/big", "bench/pushed"
@@ -66,11 +64,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def program(name: str) -> str | None:
-    """The path of an installed program."""
-    return shutil.which(name, path=PATH)
-
-
 def output_of(*command: str) -> str:
     """What a program prints, on either stream."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -78,14 +71,6 @@ def output_of(*command: str) -> str:
 
 
 # === Content ===
-
-
-def digest_of(content: bytes | bytearray | memoryview) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def descriptor(content: bytes, media_type: str = OCI_LAYER) -> dict[str, Any]:
-    return {"mediaType": media_type, "digest": digest_of(content), "size": len(content)}
 
 
 class Image(NamedTuple):
@@ -99,13 +84,7 @@ def make_image(layers: int, size: int, **more: Any) -> Image:
     """A small image like no other."""
     config = json.dumps({"architecture": "amd64", "os": "linux", "author": os.urandom(16).hex()}).encode()
     blobs = [os.urandom(16) * (size // 16) for _ in range(layers)]
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "config": descriptor(config, OCI_CONFIG),
-        "layers": [descriptor(blob) for blob in blobs],
-        **more,
-    }
+    manifest = image_manifest(descriptor(config, OCI_CONFIG), map(descriptor, blobs), **more)
     return Image((config, *blobs), json.dumps(manifest).encode())
 
 
@@ -377,12 +356,6 @@ class Server:
         """Its resident memory in MiB."""
         status = Path(f"/proc/{self.processes[0].pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s*(\d+) kB", status)[0]) / 1024
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def version_of(*command: str, pattern: str = r"v?(\d+\.\d+\.\d+\S*)") -> str:
@@ -1042,7 +1015,7 @@ def copy_source(directory: Path) -> Path:
     source = directory / "source"
     source.mkdir()
     for name in ("registry.py", "schema.sql"):
-        shutil.copy(TOP / name, source)
+        shutil.copy(ROOT / name, source)
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=bench"
     )

@@ -77,7 +77,7 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
 class Daemon:
     """The program serving in a process of its own, from its serving line to its end."""
 
-    _SERVING = re.compile(r"Serving (.+) at (http://(.+))")
+    _SERVING = re.compile(r"Serving (.+) at (https?://(.+))")
     # `python registry.py`, but compiled once, and not by each process anew, and without what a machine may
     # have every Python import.
     CODE = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import registry; sys.exit(registry.main())"
@@ -135,6 +135,14 @@ class Daemon:
         """Everything not read yet, once the process has ended."""
         lines = iter(lambda: self._lines.get(timeout=TIMEOUT), None)
         return "\n".join(lines)
+
+    def printed(self) -> str:
+        """Everything so far."""
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get_nowait()) is not None:
+                self.output.append(line)
+            self._lines.put(None)
+        return "\n".join(self.output)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -507,9 +507,9 @@ def elapsed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def wait_until(condition: Callable[[], Any], what: str = "") -> None:
+def wait_until(condition: Callable[[], Any], what: str = "", seconds: float = TIMEOUT) -> None:
     """Ask again and again until the answer is yes."""
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain {what}")

@@ -14,37 +14,38 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import os
-import re
-import select
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
-import time
 import unittest
 from pathlib import Path
-from typing import Any, Callable, ClassVar, NamedTuple
+from typing import Any, ClassVar
+
+from tests.daemon import Daemon
+from tests.support import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Response,
+    descriptor,
+    digest_of,
+    image_index,
+    image_manifest,
+    wait_until,
+)
+from tests.tools import PATH, program
 
 TOP = Path(__file__).resolve().parents[2]
 TIMEOUT = 180  # seconds one program may take
 STARTUP = 60  # seconds a daemon may take until it answers
 
-# .ci/run builds the programs that Debian lacks into this directory; elsewhere PATH alone decides.
-TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "registry-ci" / "bin"
-PATH = os.pathsep.join([str(TOOLS), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
-OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 REF_NAME = "org.opencontainers.image.ref.name"
 MANIFEST_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST])
 
@@ -52,17 +53,9 @@ MANIFEST_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIS
 # === Programs =========================================================================================
 
 
-def program(name: str) -> str:
-    """The path of a program that `require` has found."""
-    path = shutil.which(name, path=PATH)
-    if path is None:
-        raise AssertionError(f"missing: {name}")
-    return path
-
-
 def require(*programs: str, root: bool = False) -> None:
     """Skip, or fail where every client is required, unless the programs (and root's rights) are there."""
-    missing = [name for name in programs if shutil.which(name, path=PATH) is None]
+    missing = [name for name in programs if program(name) is None]
     if root and os.geteuid() != 0:
         missing.append("root's rights")
     if not missing:
@@ -71,15 +64,6 @@ def require(*programs: str, root: bool = False) -> None:
     if os.environ.get("REGISTRY_REQUIRE_CLIENTS") == "1":
         raise AssertionError(message)
     raise unittest.SkipTest(message)
-
-
-def wait_until(ready: Callable[[], bool], what: str, seconds: float = STARTUP) -> None:
-    """Poll until `ready()` holds; fail after the deadline."""
-    deadline = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {what}")
-        time.sleep(0.05)
 
 
 def stop(process: subprocess.Popen[Any], seconds: float = 30) -> int:
@@ -95,80 +79,36 @@ def stop(process: subprocess.Popen[Any], seconds: float = 30) -> int:
 # === The registry =====================================================================================
 
 
-class Reply(NamedTuple):
-    """An HTTP reply, for looking at the registry past the client under test."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    def json(self) -> Any:
-        """The body, parsed."""
-        return json.loads(self.body)
-
-
-class Registry:
+class Registry(Daemon):
     """The daemon, started as users start it; `address` is its HOST:PORT.
 
     The requests made here are anonymous and plain HTTP, so over TLS it is the clients that have to look.
     """
 
     def __init__(self, directory: Path, *options: str) -> None:
-        self.data = directory / "registry-data"
-        self.errors = directory / "registry-errors.log"
-        argv = [sys.executable, "registry.py", "--data", str(self.data), "--port", "0", "--quiet", *options]
-        with open(self.errors, "ab") as errors:
-            self.process = subprocess.Popen(
-                argv, cwd=TOP, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-            )
-        try:
-            self.address = self._announced_address()
-        except BaseException:
-            stop(self.process)
-            raise
-
-    def _announced_address(self) -> str:
-        """The address out of `Serving DIR at http://127.0.0.1:PORT`, or https."""
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], STARTUP)
-        line = self.process.stdout.readline().rstrip("\n") if ready else ""
-        match = re.fullmatch(f"Serving {re.escape(str(self.data))} at https?://([^/]+)", line)
-        if match is None:
-            raise AssertionError(f"the registry announced {line!r} instead of its address\n{self.log()}")
-        return match[1]
-
-    def log(self) -> str:
-        """Whatever the daemon wrote to standard error."""
-        return self.errors.read_text("utf-8", "replace")
+        super().__init__(directory / "registry-data", "--quiet", *options)
+        self.program = [str(TOP / "registry.py")]
+        self.start()
+        self.address = self.client.host
 
     def close(self) -> None:
         """Stop the daemon as users do; it has to leave politely and must not have crashed in between."""
-        code = stop(self.process)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        if code != 0:
-            raise AssertionError(f"the registry ended with {code} on SIGTERM\n{self.log()}")
-        if "Traceback" in self.log():
-            raise AssertionError(f"the registry logged a traceback\n{self.log()}")
+        code = self.stop()
+        self.kill()
+        if code != 0 or "Traceback" in self.printed():
+            raise AssertionError(f"the registry ended with {code} on SIGTERM\n{self.printed()}")
 
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None) -> Reply:
+    def request(self, method: str, path: str) -> Response:
         """One request without a body, on a connection of its own."""
-        connection = http.client.HTTPConnection(self.address, timeout=30)
-        with contextlib.closing(connection):
-            connection.request(method, path, headers={"Accept": MANIFEST_TYPES, **(headers or {})})
-            response = connection.getresponse()
-            return Reply(response.status, response.headers, response.read())
+        return self.client.request(method, path, headers={"Accept": MANIFEST_TYPES})
 
-    def get(self, path: str) -> Reply:
+    def get(self, path: str) -> Response:
         """GET, which has to succeed."""
-        reply = self.request("GET", path)
-        if reply.status != 200:
-            raise AssertionError(f"GET {path} -> {reply.status} {reply.body!r}")
-        return reply
+        return self.client.expect(200, "GET", path, headers={"Accept": MANIFEST_TYPES})
 
     def manifest(self, repository: str, reference: str) -> Any:
         """A manifest, parsed."""
-        return self.get(f"/v2/{repository}/manifests/{reference}").json()
+        return self.get(f"/v2/{repository}/manifests/{reference}").json
 
     def blob(self, repository: str, digest: str) -> bytes:
         """A blob's bytes, checked against the digest."""
@@ -188,7 +128,7 @@ class Registry:
 
     def tags(self, repository: str) -> list[str]:
         """The tags of a repository."""
-        tags: list[str] = self.get(f"/v2/{repository}/tags/list").json()["tags"]
+        tags: list[str] = self.get(f"/v2/{repository}/tags/list").json["tags"]
         return tags
 
 
@@ -214,7 +154,7 @@ class Engine:
             return done.returncode == 0 or self.process.poll() is not None
 
         try:
-            wait_until(over, f"{argv[0]} answers")
+            wait_until(over, f"for {argv[0]} to answer", STARTUP)
             if self.process.poll() is not None:
                 raise AssertionError(f"{argv[0]} ended with {self.process.returncode}")
         except Exception as error:
@@ -239,16 +179,6 @@ def remove_tree(directory: Path) -> None:
 
 
 # === Images out of nothing ============================================================================
-
-
-def digest_of(data: bytes) -> str:
-    """The sha256 digest as registries write it."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def descriptor(media_type: str, data: bytes, **more: Any) -> dict[str, Any]:
-    """An OCI descriptor of some bytes."""
-    return {"mediaType": media_type, "digest": digest_of(data), "size": len(data), **more}
 
 
 def canonical(value: Any) -> bytes:
@@ -322,8 +252,8 @@ def image_layout(path: Path, greeting: str, *architectures: str, tag: str = "v1"
     if len(images) == 1:
         layout.tag(images[0], tag)
     else:
-        index = layout.add(canonical({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": images}))
-        layout.tag(descriptor(OCI_INDEX, index), tag)
+        index = layout.add(canonical(image_index(images)))
+        layout.tag(descriptor(index, OCI_INDEX), tag)
     return layout
 
 
@@ -338,14 +268,11 @@ def _add_image(layout: Layout, greeting: str, architecture: str) -> dict[str, An
         "config": {"Cmd": ["/bin/busybox", "echo", greeting]},
         "rootfs": {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]},
     }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "config": descriptor(OCI_CONFIG, layout.add(canonical(config))),
-        "layers": [descriptor(OCI_LAYER, layer) for layer in layers],
-    }
+    manifest = image_manifest(
+        descriptor(layout.add(canonical(config)), OCI_CONFIG), (descriptor(layer) for layer in layers)
+    )
     platform = {"architecture": architecture, "os": "linux"}
-    return descriptor(OCI_MANIFEST, layout.add(canonical(manifest)), platform=platform)
+    return descriptor(layout.add(canonical(manifest)), OCI_MANIFEST, platform=platform)
 
 
 # === The test case ====================================================================================
@@ -429,7 +356,7 @@ class ClientTest(unittest.TestCase):
 
     def _succeeded(self, argv: tuple[str, ...], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
         done = self._run(argv, env)
-        what = f"{' '.join(argv)}\n{_printed(done)[-8000:]}\n{self.registry.log()}"
+        what = f"{' '.join(argv)}\n{_printed(done)[-8000:]}\n{self.registry.printed()}"
         self.assertEqual(done.returncode, 0, what)
         return done
 

@@ -8,7 +8,9 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from support import OCI_INDEX, OCI_MANIFEST, ClientTest, Engine, build_context
+from support import ClientTest, Engine, build_context
+
+from tests.support import OCI_INDEX, OCI_MANIFEST
 
 # Every run of this step makes another file, so the same file again means that the step was not run again.
 RANDOM_STEP = 'RUN ["/bin/busybox", "cp", "/proc/sys/kernel/random/uuid", "/uuid"]'

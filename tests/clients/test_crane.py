@@ -5,7 +5,9 @@ from __future__ import annotations
 import tarfile
 import unittest
 
-from support import ClientTest, Registry, digest_of, image_layout, tar_of
+from support import ClientTest, Registry, image_layout, tar_of
+
+from tests.support import digest_of
 
 
 class CraneTest(ClientTest):

@@ -7,7 +7,9 @@ import os
 import re
 import unittest
 
-from support import DOCKER_LIST, ClientTest, build_context, digest_of
+from support import ClientTest, build_context
+
+from tests.support import DOCKER_LIST, digest_of
 
 BUILDERS = {"classic": "0", "buildkit": "1"}
 
@@ -143,7 +145,7 @@ class DockerTest(ClientTest):
         self.docker("manifest", "push", "--insecure", listed)
         reply = self.registry.get(f"/v2/{self.name}/manifests/all")
         self.assertEqual(reply.headers["Content-Type"], DOCKER_LIST)
-        self.assertEqual([entry["digest"] for entry in reply.json()["manifests"]], [digest])
+        self.assertEqual([entry["digest"] for entry in reply.json["manifests"]], [digest])
         self.forget()
         self.docker("pull", "--platform", "linux/amd64", listed)
         self.assertEqual(self.run_image(listed), "hello from v1 by classic")

@@ -10,12 +10,13 @@ import unittest
 from pathlib import Path
 from typing import ClassVar
 
-from support import ClientTest, program, stop, wait_until
+from support import ClientTest, program, stop
 
 from registry import Registry
 from tests.credentials import users_line
+from tests.daemon import free_port
 from tests.smuggling import CORPUS, SMUGGLED
-from tests.support import Client, RawConnection, digest_of, free_port, unique, with_digest
+from tests.support import Client, RawConnection, digest_of, unique, wait_until, with_digest
 
 # The strict server is as Debian ships it; the lenient one holds back as little as nginx can.
 CONFIGURATION = """
@@ -100,7 +101,7 @@ class NginxTest(ClientTest):
         with open(directory / "output", "wb") as output:
             process = subprocess.Popen(argv, stdout=output, stderr=output, start_new_session=True)
         cls.addClassCleanup(stop, process)
-        wait_until(lambda: cls.is_serving() or process.poll() is not None, "nginx answers")
+        wait_until(lambda: cls.is_serving() or process.poll() is not None, "for nginx to answer")
         if process.poll() is not None:
             raise AssertionError((directory / "output").read_text("utf-8", "replace"))
 
@@ -142,7 +143,9 @@ class NginxTest(ClientTest):
         refused = self.guarded.get("/v2/", {"X-Forwarded-Proto": "gopher"})
         realm = f'realm="https://{self.guarded.host}/token"'
         self.assertIn(realm, refused.headers["WWW-Authenticate"])
-        wait_until(lambda: any(" 203.0.113.7 GET /v2/ 401 " in line for line in self.seen), "it is logged")
+        wait_until(
+            lambda: any(" 203.0.113.7 GET /v2/ 401 " in line for line in self.seen), "for it to be logged"
+        )
 
     def test_ranges_and_conditions_pass(self) -> None:
         for name, client in self.clients().items():

@@ -7,7 +7,9 @@ import random
 import unittest
 from typing import Any
 
-from support import OCI_INDEX, ClientTest, Layout, digest_of, image_layout
+from support import ClientTest, Layout, image_layout
+
+from tests.support import OCI_INDEX, digest_of
 
 LETTER = "application/vnd.example.letter"
 REVIEW = "application/vnd.example.review+json"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import unittest
 
-from support import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, ClientTest, build_context
+from support import ClientTest, build_context
+
+from tests.support import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 
 STEP = 'RUN ["/bin/busybox", "touch", "/made"]'
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import unittest
 from typing import ClassVar
 
-from support import DOCKER_LIST, OCI_INDEX, ClientTest, Registry, digest_of, image_layout
+from support import ClientTest, Registry, image_layout
+
+from tests.support import DOCKER_LIST, OCI_INDEX, digest_of
 
 REVIEW = "application/vnd.example.review"
 
@@ -53,7 +55,7 @@ class RegctlTest(ClientTest):
                 self.regctl("index", "create", f"{self.repository}:all", *options)
                 reply = self.registry.get(f"/v2/{self.name}/manifests/all")
                 self.assertEqual(reply.headers["Content-Type"], media_type)
-                self.assertEqual([entry["digest"] for entry in reply.json()["manifests"]], digests)
+                self.assertEqual([entry["digest"] for entry in reply.json["manifests"]], digests)
 
     def test_one_platform_of_an_index(self) -> None:
         self.push("amd64", "arm64")

@@ -175,7 +175,7 @@ class TraceTest(HTTPTestCase):
             for connection in [stack.enter_context(RawConnection(registry.netloc)) for _ in range(5)]:
                 connection.request("GET", "/v2/").read()
             self.assertNotEqual(set(threading.enumerate()), before)
-        self.assertEqual(set(threading.enumerate()), before)
+        self.assertLessEqual(set(threading.enumerate()), before)
 
     def test_no_thread_is_left_of_a_connection_made_at_the_last_moment(self) -> None:
         before = set(threading.enumerate())
@@ -183,7 +183,7 @@ class TraceTest(HTTPTestCase):
             for _ in range(20):
                 with Registry() as registry:
                     last = stack.enter_context(RawConnection(registry.netloc)).request("GET", "/v2/")
-                self.assertEqual(set(threading.enumerate()), before)
+                self.assertLessEqual(set(threading.enumerate()), before)
                 last.drain()
 
     @unittest.skipUnless(sys.platform == "linux", "counts the entries of /proc/self/fd")
@@ -198,7 +198,7 @@ class TraceTest(HTTPTestCase):
             for _ in range(5):
                 with Registry(sync=sync) as registry:
                     self.use(registry)
-            self.assertEqual(count(), before)
+            self.assertLessEqual(count(), before)
 
     def test_no_port_is_left(self) -> None:
         with Registry() as registry:
@@ -227,12 +227,14 @@ class TraceTest(HTTPTestCase):
                 busy.send(b"abc")
                 reading.request("GET", f"/v2/a/blobs/{big}")
                 self.assertEqual(reading.read_head().status, 200)
-            self.assertEqual(set(threading.enumerate()), before)
+            self.assertLessEqual(set(threading.enumerate()), before)
             for connection in connections:
                 connection.drain()
         self.assertEqual(list(self.directory.iterdir()), [])
 
     def test_clients_in_mid_request_do_not_hold_it_up(self) -> None:
+        self.enter(mock.patch.object(Registry.close, "__defaults__", (0.1,)))
+
         def end() -> None:
             with Registry() as registry:
                 connection = stack.enter_context(RawConnection(registry.netloc))
@@ -241,7 +243,7 @@ class TraceTest(HTTPTestCase):
                 self.assert_status(connection.read(), 100)
 
         with contextlib.ExitStack() as stack:
-            self.assertLess(elapsed(end), 15)
+            self.assertLess(elapsed(end), 5)
 
     def test_garbage_collection_that_waits_does_not_hold_it_up(self) -> None:
         begun, end = threading.Event(), threading.Event()
@@ -264,7 +266,8 @@ class TwiceTest(HTTPTestCase):
             for again in (registry.start, registry.open, registry.__enter__):
                 with self.assertRaisesRegex(RuntimeError, "running already"):
                     again()
-            self.assertEqual((registry.url, set(threading.enumerate())), (url, threads))
+            self.assertEqual(registry.url, url)
+            self.assertLessEqual(set(threading.enumerate()), threads)
             self.assert_status(Client(registry.netloc).get("/v2/"), 200)
         with self.assertRaises(OSError):
             RawConnection(url.partition("//")[2])
@@ -281,8 +284,8 @@ class TwiceTest(HTTPTestCase):
 
     @unittest.skipUnless(sys.platform == "linux", "counts the entries of /proc/self/fd")
     def test_many_starts_leave_nothing(self) -> None:
-        def count() -> tuple[int, int]:
-            return len(os.listdir("/proc/self/fd")), threading.active_count()
+        def count() -> dict[str, int]:
+            return {"files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
 
         with Registry():
             pass
@@ -293,7 +296,8 @@ class TwiceTest(HTTPTestCase):
             registry.close()
             with Registry():
                 pass
-        self.assertEqual(count(), before)
+        for what, number in count().items():
+            self.assertLessEqual(number, before[what], what)
 
     def test_two_of_the_same_options_are_two(self) -> None:
         with Registry() as one, Registry() as two:

@@ -232,14 +232,15 @@ class MaximumSize(CollectionTestCase):
         """To look for each one among all others took most of a collection's time."""
         image = self.push_sized("a")
         copy = "INSERT INTO manifests SELECT repository_id, ?, media_type, NULL, NULL, 0, 0 FROM manifests"
-        for number in range(250):
-            digest = f"sha256:{number:064}"
-            upkeep.change(self.data.path, "INSERT INTO blobs VALUES (?, 1000)", digest)
-            upkeep.change(self.data.path, "INSERT INTO repository_blobs VALUES (1, ?, 0, 0)", digest)
-            upkeep.change(self.data.path, f"{copy} LIMIT 1", digest)
-            upkeep.change(
-                self.data.path, "INSERT INTO manifest_references VALUES (1, ?, ?, 1)", digest, digest
-            )
+        digests = [(f"sha256:{number:064}",) for number in range(250)]
+        for sql in (
+            "INSERT INTO blobs VALUES (?, 1000)",
+            "INSERT INTO repository_blobs VALUES (1, ?, 0, 0)",
+            f"{copy} LIMIT 1",
+        ):
+            upkeep.change_many(self.data.path, sql, digests)
+        references = "INSERT INTO manifest_references VALUES (1, ?, ?, 1)"
+        upkeep.change_many(self.data.path, references, [digest * 2 for digest in digests])
         seen: list[str] = []
         store = self.registry.store
         store._writer.set_trace_callback(seen.append)

@@ -224,8 +224,8 @@ class UnremovableFiles(RegistryTestCase):
         last = f"sha256:{'f' * 64}"
         self.path(last).write_bytes(b"")
         with self.stuck(*stuck):
-            for digest in (*stuck, last):
-                upkeep.change(self.data.path, "INSERT INTO pending_deletes VALUES (?)", digest)
+            rows = [(digest,) for digest in (*stuck, last)]
+            upkeep.change_many(self.data.path, "INSERT INTO pending_deletes VALUES (?)", rows)
             self.registry.store.remove_pending()
             self.assert_gone(last)
         self.registry.store.remove_pending()

@@ -26,7 +26,7 @@ class TimeoutTest(HTTPTestCase):
     """A registry of little patience, so that the test needs little too."""
 
     def setUp(self) -> None:
-        self.patch(HEADER_TIMEOUT=0.3, STALL_TIMEOUT=0.3, IDLE_TIMEOUT=0.3, LINGER_TIMEOUT=0.2)
+        self.patch(HEADER_TIMEOUT=0.2, STALL_TIMEOUT=0.2, IDLE_TIMEOUT=0.2, LINGER_TIMEOUT=0.1)
         self.data = DataDirectory(self.temporary())
         self.running = self.enter(Registry(self.data.path, sync=False))
         self.client = Client(self.running.netloc, "slow")
@@ -53,16 +53,18 @@ class TimeoutTest(HTTPTestCase):
         self.assert_cut_off(self.connect().send(b"GET /v2/ HTTP/1.1\r\n"))
 
     def test_a_body_that_stalls_is_hung_up_on(self) -> None:
-        for framing in ("Content-Length: 10", "Transfer-Encoding: chunked"):
+        path = self.client.path(f"blobs/uploads/?digest={digest_of(b'x')}")
+        framings = ("Content-Length: 10", "Transfer-Encoding: chunked")
+        connections = [self.connect().request("POST", path, framing, body=b"5\r\n") for framing in framings]
+        for framing, connection in zip(framings, connections):
             with self.subTest(framing):
-                path = self.client.path(f"blobs/uploads/?digest={digest_of(b'x')}")
-                connection = self.connect().request("POST", path, framing, body=b"5\r\n")
                 self.assert_hung_up_on(connection)
         self.assertEqual(self.data.unfinished(), [])
 
     def test_a_body_that_trickles_in_is_taken(self) -> None:
         """It takes longer than it may stall. So does each byte where the machine is slow: then once more."""
-        content = b"drips"
+        self.patch(STALL_TIMEOUT=0.3)
+        content = b"drip"
         path = self.client.path(f"blobs/uploads/?digest={digest_of(content)}")
         longest = TIMEOUT
         while longest > 0.2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,6 +64,12 @@ def change(data: Path, sql: str, *values: Any) -> None:
     """Change the registry's database behind its back, unheeding its triggers' and keys' wishes."""
     with contextlib.closing(sqlite3.connect(data / "registry.db", timeout=TIMEOUT)) as database, database:
         database.execute(sql, values)
+
+
+def change_many(data: Path, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    """The same for many rows."""
+    with contextlib.closing(sqlite3.connect(data / "registry.db", timeout=TIMEOUT)) as database, database:
+        database.executemany(sql, rows)
 
 
 def leases_told(data: Path, ago: float, digest: str = "%") -> None:

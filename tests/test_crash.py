@@ -287,7 +287,7 @@ class CrashTestCase(HTTPTestCase):
             if case.scenario:  # the client makes the request that had no answer again, and goes on to the end
                 ledger = ledger.again(functools.partial(self.assert_undamaged, store, ledger))
                 case.scenario(Actor(kept, ledger))
-            self.assertEqual(DataDirectory(data).disagreements(), [])
+            self.assertEqual(upkeep.verify(store), [])
             self.assert_acknowledged(kept, ledger)
             upkeep.everything(data, upkeep.DAY)
             upkeep.collect(store)

@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from registry import Registry, StartupError
-from tests.daemon import free_port, python
+from tests.daemon import ENVIRONMENT, free_port, python
 from tests.support import (
     TIMEOUT,
     Client,
@@ -464,6 +464,6 @@ class SilenceTest(unittest.TestCase):
     def test_leaving_without_ending_it_does_not_hang(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             script = "from registry import Registry\nregistry = Registry().__enter__()\nprint(registry.url)"
-            result = python("-c", script, env={**os.environ, "TMPDIR": directory})
+            result = python("-c", script, env={**ENVIRONMENT, "TMPDIR": directory})
             self.assertRegex(result.stdout, r"\Ahttp://127\.0\.0\.1:\d+\n\Z")
             self.assertNotIn("Traceback", result.stderr)

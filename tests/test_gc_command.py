@@ -19,7 +19,7 @@ from unittest import mock
 import registry
 from tests import upkeep
 from tests.collecting import CollectionTestCase, add_garbage
-from tests.daemon import Daemon, DaemonTestCase, command, unread
+from tests.daemon import ENVIRONMENT, Daemon, DaemonTestCase, command, unread
 from tests.support import TIMEOUT, Client, HTTPTestCase, OwnRegistryTestCase, digest_of, run_at_once, unique
 from tests.upkeep import DAY, HOUR, MINUTE
 
@@ -123,7 +123,7 @@ class Command(OwnRegistryTestCase):
         add_garbage(self.data.path, 2000)  # to say so takes more than a pipe holds
         temporary = self.temporary()
         program = [sys.executable, *Daemon.PROGRAM, "gc", "--dry-run", "--data", str(self.data.path)]
-        environment = {**os.environ, "TMPDIR": str(temporary)}
+        environment = {**ENVIRONMENT, "TMPDIR": str(temporary)}
         with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             self.assertNotEqual(os.listdir(temporary), [])

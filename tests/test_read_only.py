@@ -10,7 +10,7 @@ from pathlib import Path
 
 from registry import Registry
 from tests.access import GRANTS, AccessTestCase, user
-from tests.daemon import Daemon, command, run
+from tests.daemon import ENVIRONMENT, Daemon, command, run
 from tests.mounts import as_nobody, no_read_only, on_read_only_disk
 from tests.support import Client, HTTPTestCase, Image, digest_of, with_digest
 
@@ -121,7 +121,7 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                         [*under, sys.executable, "-S", "-c", script],
                         {"TMPDIR": str(temporary)},
                     )
-                    done = run(*command, env={**os.environ, **environment})
+                    done = run(*command, env={**ENVIRONMENT, **environment})
                     self.assertEqual(done.stdout.strip(), digest, done)
                     self.assertEqual(list(temporary.iterdir()), [])
 

@@ -9,7 +9,7 @@ import sys
 import unittest
 from pathlib import Path
 
-from tests.daemon import Daemon, children, is_alive
+from tests.daemon import ENVIRONMENT, Daemon, children, is_alive
 from tests.support import ROOT, HTTPTestCase, digest_of, unique, wait_until
 
 
@@ -77,7 +77,11 @@ class WorkersTest(HTTPTestCase):
         data = str(self.path / "other")
         options = ("--quiet", "--workers", "3", "--port", "0", "--gc-interval", "0.01s", "--data", data)
         with subprocess.Popen(
-            [sys.executable, "-c", script, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, *options],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as process:
             self.assertIn("Serving", process.stdout.readline())
             collectors = {process.stdout.readline() for _ in range(20)}

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import struct
@@ -77,6 +78,8 @@ MALFORMED_QUERIES = (*MALFORMED_DIGESTS, "", "%00", "sha256:..%2F..%2Fregistry.d
 EMPTY_SHA256 = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 _numbers = itertools.count(1)
+# Where files cost least, if there is enough of it: most tests would not tell it from a disk.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**31 else None
 Entered = TypeVar("Entered")
 
 
@@ -529,8 +532,8 @@ class HTTPTestCase(unittest.TestCase):
         return entered
 
     def temporary(self) -> Path:
-        """A directory that is removed at the end of the test."""
-        return Path(self.enter(tempfile.TemporaryDirectory())).resolve()
+        """A directory that is removed at the end of the test, in memory where that is possible."""
+        return Path(self.enter(tempfile.TemporaryDirectory(dir=MEMORY))).resolve()
 
     def patch(self, **constants: Any) -> None:
         """Give constants of the registry's other values for the test."""
@@ -573,7 +576,7 @@ class RegistryTestCase(HTTPTestCase):
     def setUpClass(cls) -> None:
         stack = contextlib.ExitStack()
         cls.addClassCleanup(stack.close)
-        cls.data = DataDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory()), "data"))
+        cls.data = DataDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY)), "data"))
         cls.registry = stack.enter_context(Registry(cls.data.path, **{"sync": False, **cls.options}))
 
     def setUp(self) -> None:

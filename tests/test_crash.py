@@ -30,7 +30,7 @@ from tests import scenarios, upkeep
 from tests.crashing import KILLED, LOCKED
 from tests.scenarios import Actor, Interrupted, Ledger, Session
 from tests.steps import DATABASE
-from tests.support import ROOT, TIMEOUT, Client, DataDirectory, HTTPTestCase, digest_of
+from tests.support import MEMORY, ROOT, TIMEOUT, Client, DataDirectory, HTTPTestCase, digest_of
 
 FULL = os.environ.get("REGISTRY_CRASH_SWEEP") == "full"
 TELLING, OTHERS = 75, 20  # crash points tried when not all are
@@ -179,11 +179,6 @@ class Point(NamedTuple):
 MIRROR = "mirror/app"
 
 
-def memory_directory() -> str | None:
-    """Where files cost least: a killed process loses nothing that is in memory."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
 class CrashTestCase(HTTPTestCase):
     """Kills registries and looks at what they leave behind."""
 
@@ -191,7 +186,7 @@ class CrashTestCase(HTTPTestCase):
     def setUpClass(cls) -> None:
         stack = contextlib.ExitStack()
         cls.addClassCleanup(stack.close)
-        cls.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=memory_directory())))
+        cls.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY)))
         cls.launchers: queue.SimpleQueue[Launcher] = queue.SimpleQueue()
         for _ in range(WORKERS):
             launcher = Launcher()

@@ -127,6 +127,12 @@ class RefusalTest(DaemonTestCase):
         (self.path / "registry.db").write_bytes(b"no database " * 1000)
         self.assert_refused()
 
+    def other_volume(self) -> str | None:
+        """A directory that is not where the data is, if there is one."""
+        found = [path for path in (tempfile.gettempdir(), "/dev/shm") if os.path.isdir(path)]
+        here = os.stat(self.path).st_dev
+        return next((path for path in found if os.stat(path).st_dev != here), None)
+
     @contextlib.contextmanager
     def elsewhere(self, part: str, how: str) -> Iterator[None]:
         """A part of the data directory is on another volume, or at least mounted by itself."""
@@ -134,7 +140,7 @@ class RefusalTest(DaemonTestCase):
         path.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
             if how == "link":
-                there = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+                there = stack.enter_context(tempfile.TemporaryDirectory(dir=self.other_volume()))
                 path.rmdir()
                 path.symlink_to(there)
             elif how == "mount":
@@ -148,7 +154,7 @@ class RefusalTest(DaemonTestCase):
 
     def test_parts_of_the_data_directory_on_different_volumes(self) -> None:
         hows = [] if no_volume() else ["mount", "bind"]
-        if os.path.isdir("/dev/shm") and os.stat("/dev/shm").st_dev != os.stat(self.path).st_dev:
+        if self.other_volume():
             hows.append("link")
         if not hows:
             self.skipTest("there is no other volume")
@@ -165,7 +171,7 @@ class RefusalTest(DaemonTestCase):
         content = unique()
         digest = daemon.client.push_blob(content)
         daemon.stop()
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as there:
+        with tempfile.TemporaryDirectory(dir=self.other_volume()) as there:
             blobs = self.path / "blobs"
             shutil.move(blobs, there)
             blobs.symlink_to(Path(there, "blobs"))

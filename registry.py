@@ -62,6 +62,7 @@ import mmap
 import os
 import queue
 import re
+import resource
 import secrets
 import selectors
 import shutil
@@ -80,7 +81,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -91,10 +92,6 @@ try:
     import ssl
 except ImportError:  # a Python built without it serves plain HTTP
     ssl = None  # type: ignore[assignment]
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
     raise (SystemExit if __name__ == "__main__" else ImportError)(
@@ -2317,56 +2314,61 @@ def _tokens(sql: str) -> list[str]:
 # === Access ===========================================================================================
 
 
-class WatchedFiles(Generic[T]):
-    """What some files hold, loaded again when they change.
+@contextlib.contextmanager
+def explain_failure(failure: str, advice: str = "") -> Iterator[None]:
+    """Have what goes wrong come out as a StartupError: what failed, why, and what to do about it."""
+    try:
+        yield
+    except (OSError, OverflowError, ValueError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{failure}: {reason}{advice and '; '}{advice}") from error
 
-    A change that breaks them, or removes one, is logged, and what was read before goes on to hold.
-    """
 
-    def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:
-        """load raises OSError or ValueError. Raises StartupError if it does so the first time."""
-        self._paths, self._load = paths, load
+class WatchedFiles:
+    """What some files hold, loaded again when they change; if that fails, the old goes on to hold."""
+
+    def __init__(self, load: Callable[..., Any], *paths: str | None) -> None:
+        """load takes the paths that are not None. Raises StartupError when it raises OSError, ValueError."""
+        self._load, self._paths = load, [path for path in paths if path is not None]
         self._lock = threading.Lock()  # one thread loads; the others go on with what there is
-        self._seen = self._signature()
-        try:
-            self._value = load()
-        except (OSError, ValueError) as error:
-            raise StartupError(f"cannot use {', '.join(paths)}: {error}") from error
+        self._seen = [file_state(path) for path in self._paths]
+        with explain_failure(f"cannot use {', '.join(self._paths)}"):
+            self._value = load(*self._paths)
 
-    def get(self) -> T:
+    def get(self) -> Any:
         """The current value."""
-        if self._signature() != self._seen and self._lock.acquire(blocking=False):
+        seen = [file_state(path) for path in self._paths]
+        if seen != self._seen and self._lock.acquire(blocking=False):
             try:
-                self._seen = self._signature()
-                self._value = self._load()
+                self._seen = seen
+                self._value = self._load(*self._paths)
             except (OSError, ValueError) as error:
-                report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-                write_log(f"registry.py: {report}")
+                write_log(f"registry.py: going on with the old contents of {', '.join(self._paths)}: {error}")
             finally:
                 self._lock.release()
         return self._value
 
-    def _signature(self) -> list[tuple[int, int, int] | None]:
-        return [file_state(path) for path in self._paths]
+
+def load_certificate(certificate: str, key: str | None = None) -> ssl.SSLContext:
+    """What TLS is spoken with, from PEM files. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    context.load_cert_chain(certificate, key)
+    return context
 
 
 def hash_password(password: str) -> str:
     """A password's scrypt hash, salted, as a line of the users file holds it."""
     salt = secrets.token_bytes(16)
-    value = _scrypt(password, salt, SCRYPT_LN, 8, 1)
-    return f"$scrypt$ln={SCRYPT_LN},r=8,p=1${_base64(salt)}${_base64(value)}"
+    parts = salt, _scrypt(password, salt, 14, 8, 1)
+    return "$".join(
+        ["$scrypt$ln=14,r=8,p=1", *(base64.b64encode(part).decode().rstrip("=") for part in parts)]
+    )
 
 
 def _scrypt(password: str, salt: bytes, ln: int, r: int, p: int) -> bytes:
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii").rstrip("=")
-
-
-def _unbase64(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2381,54 +2383,55 @@ def system_crypt() -> Callable[[str, str], str] | None:
             return str((compute(password.encode(), setting.encode()) or b"*").decode("latin-1"))
 
     for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             compute: Any = ctypes.CDLL(library).crypt
-        except (OSError, AttributeError):
-            continue
-        compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
-        return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
+            compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
+            return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
     return None
-
-
-SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
-BCRYPT_HASH = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")  # more would take 8 seconds
 
 
 def password_check(hashed: str) -> Callable[[str], bool]:
     """What tells whether a password is the one behind a hash. Raises ValueError if this machine cannot."""
-    match = SCRYPT_HASH.fullmatch(hashed)
+    match = re.fullmatch(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([\w+/]+)\$([\w+/]+)", hashed, re.ASCII)
     if match:
-        ln, r, p = int(match[1]), int(match[2]), int(match[3])
-        salt, expected = _unbase64(match[4]), _unbase64(match[5])
+        ln, r, p = map(int, match.groups()[:3])
+        salt, expected = (base64.b64decode(part + "==") for part in match.groups()[3:])  # not padded there
         if not ln or 128 * r << ln > SCRYPT_MEMORY:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
         _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
         return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
-    if BCRYPT_HASH.fullmatch(hashed) and (crypt := system_crypt()):
+    costs = "0[4-9]|1[0-6]"  # more would take 8 seconds
+    if re.fullmatch(rf"\$2[aby]\$(?:{costs})\$[./A-Za-z0-9]{{53}}", hashed) and (crypt := system_crypt()):
         return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
     raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
-Users = dict[str, tuple[str, Callable[[str], bool]]]  # their hashes, and what checks them
+def read_lines(parse: Callable[[str], Any], *paths: str) -> list[Any]:
+    """What the lines of text files say, except comments. Raises OSError, and parse's ValueError."""
+    parsed = []
+    for path in paths:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+            try:
+                if line and not line.startswith("#"):
+                    parsed.append(parse(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return parsed
 
 
-def load_users(path: str) -> Users:
-    """The users of an htpasswd file: their hashes, and what checks them. Raises OSError, ValueError."""
-    users = {}
-    for number, line in _lines(path):
-        name, colon, hashed = line.partition(":")
-        if not colon or not name or not hashed:
-            raise ValueError(f"line {number} is not name:hash")
-        if name in users:
-            raise ValueError(f"line {number} is another one for {name}")
-        try:
-            users[name] = hashed, password_check(hashed)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+def load_users(*paths: str) -> dict[str, Any]:
+    """The users of htpasswd files: their hashes, and what checks them. Raises OSError, ValueError."""
+    users: dict[str, tuple[str, Callable[[str], bool]]] = {}
+
+    def add(line: str) -> None:
+        name, _, hashed = line.partition(":")
+        if not name or name in users:
+            raise ValueError(f"there is no name, or {name} is there twice")
+        users[name] = hashed, password_check(hashed)
+
+    read_lines(add, *paths)
     return users
-
-
-ACTIONS = frozenset(("pull", "push", "delete"))
 
 
 class Grant(NamedTuple):
@@ -2439,32 +2442,17 @@ class Grant(NamedTuple):
     actions: frozenset[str]
     names: tuple[str, str]  # all that match come from the first on and before the second, in byte order
 
-
-def load_grants(path: str) -> list[Grant]:
-    """The lines of a grants file: who, repositories, actions. Raises OSError, ValueError."""
-    grants = []
-    for number, line in _lines(path):
+    @classmethod
+    def parse(cls, line: str) -> Grant:
+        """A grant from who, repositories, actions. Raises ValueError."""
         fields = line.split()
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
-        if not actions or not actions <= ACTIONS:
-            raise ValueError(f"line {number} is not: who repositories pull,push,delete")
-        prefix, star, _ = fields[1].partition("*")
-        names = prefix, prefix + (AFTER_NAMES if star else "\0")
-        grants.append(Grant(fields[0], compile_glob(fields[1]), actions, names))
-    return grants
-
-
-def compile_glob(pattern: str) -> re.Pattern[str]:
-    """A pattern of repositories: * stands for anything within a path segment, ** for anything."""
-    parts = re.split(r"(\*\*?)", pattern)
-    return re.compile("".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts))
-
-
-def _lines(path: str) -> list[tuple[int, str]]:
-    """The lines of a text file that say something, numbered."""
-    text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
-    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+        if not actions or not actions <= {"pull", "push", "delete"}:
+            raise ValueError("it is not: who repositories pull,push,delete")
+        parts = re.split(r"(\*\*?)", fields[1])  # * is anything within a path segment, ** is anything
+        pattern = "".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts)
+        end = parts[0] + (AFTER_NAMES if len(parts) > 1 else "\0")
+        return cls(fields[0], re.compile(pattern), actions, (parts[0], end))
 
 
 class Scope(NamedTuple):
@@ -2481,6 +2469,14 @@ class Scope(NamedTuple):
 CATALOG = Scope("registry", "catalog", "*")
 
 
+def parse_scope(text: str) -> list[Scope]:
+    """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
+    kind, _, rest = text.partition(":")
+    name, _, actions = rest.rpartition(":")
+    actions = actions.replace("*", "*,pull,push,delete")  # what there is not, is not granted
+    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",")]
+
+
 class Caller(NamedTuple):
     """Who makes a request."""
 
@@ -2488,88 +2484,62 @@ class Caller(NamedTuple):
     scopes: frozenset[Scope] | None = None  # all that a token is good for; None: it is not by token
 
 
-def client_network(address: str) -> str:
-    """What of an address tells clients apart: of IPv6 the first 64 bits, since one client has all within."""
-    parsed = ipaddress.ip_address(address)
-    return address if parsed.version == 4 else f"{int(parsed) >> 64:x}"
-
-
-class Turn(threading.Event):
-    """What an attempt to log in waits for: set when its turn has come, and when it never will."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.refused = False
-
-    def refuse(self) -> None:
-        """It will not come."""
-        self.refused = True
-        self.set()
-
-
 class LoginQueue:
-    """Has the attempts to log in from each address take turns, since each hashes a password.
+    """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
 
-    That takes a core for 50 ms, and 16 MiB. With one turn at a time for an address, whoever logs in from
-    elsewhere waits for one hash of each other address at most, and for one of all that failed lately. Since
-    failures make turns longer, those who guess are slowed down, also when they do it at once. Of an address,
-    the attempt goes first for whose name fewest wait, and of these the newest: so whoever shares it with
-    those who guess comes before them.
-    When too many wait in all, the address that has most of them loses the one that would go last (429).
+    So whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all
+    that failed lately; and those who guess are slowed down, also at once, since failures make turns longer.
+    Of an address, the attempt goes first for whose name fewest wait, and of these the newest: so whoever
+    shares it with those who guess comes before them. When too many wait in all, the address that has most
+    of them loses the one that would go last (429).
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit  # of attempts in all
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[Turn]] = {}  # by address, newest first; there while one has its turn
-        self._failures = Cache(1000)
+        # Of each address where one has its turn, those that wait, newest first: whose they are, and where
+        # they are told whether they may go on.
+        self._waiting: dict[bytes, list[tuple[str, queue.SimpleQueue[bool]]]] = {}
+        self.failures = Cache(1000)  # how many passwords from an address were wrong lately
 
     @contextlib.contextmanager
-    def turn(self, address: str, name: str) -> Iterator[None]:
+    def turn(self, address: bytes, name: str) -> Iterator[None]:
         """Wait for a turn, and have it. Raises TOOMANYREQUESTS."""
-        turn = Turn(name)
+        admitted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         too_many = RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", "1"),))
         with self._lock:
-            waiting = list(self._waiting.values())
-            if sum(map(len, waiting)) + len(waiting) >= self._limit:
-                longest = max(waiting, key=len)
+            if len(self._waiting) + sum(map(len, self._waiting.values())) >= self._limit:
+                longest = max(self._waiting.values(), key=len)
                 if not longest:
                     raise too_many
-                self._pop(longest, -1).refuse()
+                self._pop(longest, -1).put(False)
             if address in self._waiting:
-                self._waiting[address].insert(0, turn)
+                self._waiting[address].insert(0, (name, admitted))
             else:
                 self._waiting[address] = []
-                turn.set()
-        turn.wait()
-        if turn.refused:
+                admitted.put(True)
+        if not admitted.get():
             raise too_many
         try:
             yield
         finally:
             with self._lock:
                 if self._waiting[address]:
-                    self._pop(self._waiting[address], 0).set()
+                    self._pop(self._waiting[address], 0).put(True)
                 else:
                     del self._waiting[address]
 
     @staticmethod
-    def _pop(turns: list[Turn], position: int) -> Turn:
-        """Take a turn from the line of one address: 0 is who goes first, -1 who goes last."""
-        counts = collections.Counter(turn.name for turn in turns)
-        turn = sorted(turns, key=lambda turn: counts[turn.name])[position]
-        turns.remove(turn)
-        return turn
+    def _pop(attempts: list[tuple[str, queue.SimpleQueue[bool]]], rank: int) -> queue.SimpleQueue[bool]:
+        """Take an attempt from those of one address: 0 is who goes first, -1 who goes last."""
+        counts = collections.Counter(name for name, _ in attempts)
+        places = sorted(range(len(attempts)), key=lambda place: counts[attempts[place][0]])
+        return attempts.pop(places[rank])[1]
 
-    def has_failed(self, address: str) -> bool:
-        """Whether a password from an address was wrong lately."""
-        return self._failures.get(address) is not None
-
-    def fail(self, address: str) -> None:
+    def fail(self, address: bytes) -> None:
         """Have a turn last longer after a failure: the more of them there were lately, the longer."""
-        failures = (self._failures.get(address) or 0) + 1
-        self._failures.put(address, failures, FAILURE_INTERVAL)
+        failures = (self.failures.get(address) or 0) + 1
+        self.failures.put(address, failures, FAILURE_INTERVAL)
         if len(self._waiting) <= self._limit // 2:  # or other addresses would find no room
             time.sleep(min(max(failures - FAILURE_LIMIT, 0) * FAILURE_DELAY, FAILURE_DELAY_LIMIT))
 
@@ -2584,51 +2554,38 @@ class Access:
         *,
         anonymous_pull: bool = False,
         key: bytes = b"",
-        max_logins: int = MAX_CONNECTIONS // 2,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        """users, grants: paths of files. key signs tokens. max_logins may wait. Raises StartupError."""
+        """users, grants: paths of files. key: what signs tokens. Raises StartupError."""
         self.enabled = users is not None
-        if grants is not None and not self.enabled:
-            raise StartupError("grants without users would let nobody in; give --users as well")
-        self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
-        self._grants = WatchedFiles([grants], functools.partial(load_grants, grants)) if grants else None
-        self._anonymous_pull = anonymous_pull
+        self._users = WatchedFiles(load_users, users)
+        implied = ["anonymous ** pull"] if anonymous_pull else []
+        if grants is None:
+            implied.append(f"{'*' if self.enabled else 'anonymous'} ** pull,push,delete")
+        always = list(map(Grant.parse, implied))
+        self._grants = WatchedFiles(lambda *paths: always + read_lines(Grant.parse, *paths), grants)
         self._key = key or secrets.token_bytes(32)
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
-        self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
         self._verified = Cache(1000)
-        self._queue = LoginQueue(max_logins)
+        self._queue = LoginQueue(max(max_connections // 2, 1))
         self._hashing, self._guessing = threading.Lock(), threading.Lock()
 
-    def permits(self, user: str | None, scope: Scope) -> bool:
-        """Whether a user, or anybody for None, may do something."""
-        if not self.enabled:
-            return True
-        if scope == CATALOG:
-            return user is not None or self.admits_anonymous()
-        if scope.kind != "repository" or scope.action not in ACTIONS or len(scope.name) > NAME_LIMIT:
-            return False  # a pattern with several stars takes long for long names
-        if self._anonymous_pull and scope.action == "pull":
-            return True
-        if self._grants is None:
-            return user is not None
-        return any(grant.repositories.fullmatch(scope.name) for grant in self._granted(user, scope.action))
-
-    def _granted(self, user: str | None, action: str) -> Iterator[Grant]:
+    def _granted(self, user: str | None) -> list[Grant]:
         who = ("anonymous",) if user is None else ("anonymous", "*", user)
-        grants = self._grants.get() if self._grants else []
-        return (grant for grant in grants if grant.who in who and action in grant.actions)
+        return [grant for grant in self._grants.get() if grant.who in who]
+
+    def permits(self, user: str | None, scope: Scope) -> bool:
+        """Whether a user, or anybody for None, may do something. Who may do anything may list."""
+        if scope == CATALOG:
+            return user is not None or bool(self._granted(None))
+        if scope.kind != "repository" or len(scope.name) > NAME_LIMIT:
+            return False  # a pattern with several stars takes long for long names
+        grants = [grant for grant in self._granted(user) if scope.action in grant.actions]
+        return any(grant.repositories.fullmatch(scope.name) for grant in grants)
 
     def readable_ranges(self, user: str | None) -> list[tuple[str, str]]:
         """Where the names of all that a user may pull are: from the first name on and before the second."""
-        if not self.enabled or self._anonymous_pull or self._grants is None:
-            return [("", AFTER_NAMES)]
-        return [grant.names for grant in self._granted(user, "pull")]
-
-    def admits_anonymous(self) -> bool:
-        """Whether there is anything at all that anybody may do."""
-        grants = self._grants.get() if self._grants else []
-        return not self.enabled or self._anonymous_pull or any(grant.who == "anonymous" for grant in grants)
+        return [grant.names for grant in self._granted(user) if "pull" in grant.actions]
 
     def allows(self, caller: Caller, scope: Scope) -> bool:
         """Whether a caller may do something: a token must say so, and what it says must still hold."""
@@ -2641,9 +2598,13 @@ class Access:
             return Caller(None)
         if method.lower() == "bearer":
             return self._check_token(credentials.strip())
-        if method.lower() == "basic":
-            return Caller(self.log_in(*_parse_basic(credentials.strip()), address))
-        raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
+        if method.lower() != "basic":
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
+        try:  # RFC 7617, but not everybody pads
+            name, password = base64.b64decode(credentials + "==").decode("utf-8").split(":", 1)
+        except ValueError:
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials") from None
+        return Caller(self.log_in(name, password, address))
 
     def log_in(self, name: str, password: str, address: str) -> str:
         """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
@@ -2653,134 +2614,89 @@ class Access:
         wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
             raise wrong
-        users = self._users.get() if self._users else {}
-        hashed, check = users.get(name, ("", None))
-        proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
+        users = self._users.get()
+        hashed, check = users.get(name) or self._stand_in(users, name)
+        proof = hmac.digest(self._key, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if not self._verified.get(proof):
-            stand_in, network = self._stand_in(users, name), client_network(address)
+            network = ipaddress.ip_address(address).packed[:8]  # IPv6: one client has all within 64 bits
             with self._queue.turn(network, name):
                 if not self._verified.get(proof):  # nor was while this one waited
-                    guess = self._queue.has_failed(network)  # such ones wait for each other before
+                    guess = self._queue.failures.get(network)  # such ones wait for each other before
                     with self._guessing if guess else contextlib.nullcontext(), self._hashing:
-                        right = (check or stand_in)(password) and check is not None
+                        right = check(password) and name in users
                     if not right:
                         self._queue.fail(network)
                         raise wrong
         self._verified.put(proof, True, PASSWORD_LIFETIME)
         return name
 
-    def _stand_in(self, users: Users, name: str) -> Callable[[str], bool]:
-        """What to check passwords with for a name that is nobody's: a user's, so that time tells nothing.
+    def _stand_in(self, users: dict[str, Any], name: str) -> Any:
+        """Whose password to check for a name that is nobody's, so that time tells nothing.
 
         It is always the same for the same name, since users need not all have hashes that take equally long.
         """
-        checks = [check for _, check in users.values()] or [lambda _: False]
-        return checks[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(checks)]
+        others = list(users.values()) or [("", lambda _: False)]
+        return others[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(others)]
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
-        """A token for as much of what is requested as the user may do, as the token endpoint answers it.
-
-        It is a JSON Web Token, signed with HMAC-SHA256.
-        """
+        """A token for as much of what is requested as the user may do, as the token endpoint answers it."""
         now = int(time.time())
         granted = [scope for scope in dict.fromkeys(requested) if self.permits(user, scope)]
-        claims = {
-            "iss": self.service, "aud": self.service, "sub": user, "iat": now, "exp": now + TOKEN_LIFETIME,
-            "access": granted,
-        }  # fmt: skip
-        content = f"{_encode_part({'typ': 'JWT', 'alg': 'HS256'})}.{_encode_part(claims)}"
-        token = f"{content}.{self._sign(content)}"
+        claims = {"aud": self.service, "sub": user, "exp": now + TOKEN_LIFETIME, "access": granted}
+        token = self._sign(base64.urlsafe_b64encode(encode_json(claims)).decode().rstrip("="))
         issued = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         return {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}
 
     def _check_token(self, token: str) -> Caller:
         """Whose token this is, and for what. Raises UNAUTHORIZED."""
-        content, _, signature = token.rpartition(".")
-        if not hmac.compare_digest(signature.encode(), self._sign(content).encode()):
+        payload = token.partition(".")[2].partition(".")[0]
+        if not hmac.compare_digest(token.encode(), self._sign(payload).encode()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
-        payload = content.partition(".")[2]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
         if claims["aud"] != self.service or claims["exp"] <= time.time():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
         user = claims["sub"]
-        if self._users and user is not None and user not in self._users.get():
+        if user is not None and user not in self._users.get():
             raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
-    def _sign(self, content: str) -> str:
-        signature = hmac.digest(self._key, content.encode("utf-8", "surrogateescape"), "sha256")
-        return base64.urlsafe_b64encode(signature).decode("ascii").rstrip("=")
-
-
-def _encode_part(value: object) -> str:
-    return base64.urlsafe_b64encode(encode_json(value)).decode("ascii").rstrip("=")
-
-
-def _parse_basic(credentials: str) -> tuple[str, str]:
-    """User name and password (RFC 7617). Raises UNAUTHORIZED."""
-    try:
-        name, colon, password = _unbase64(credentials.rstrip("=")).decode("utf-8").partition(":")
-    except ValueError:
-        colon = ""
-    if not colon:
-        raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials")
-    return name, password
-
-
-def parse_scope(text: str) -> list[Scope]:
-    """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
-    kind, _, rest = text.partition(":")
-    name, _, actions = rest.rpartition(":")
-    if kind == "repository":
-        actions = actions.replace("*", "pull,push,delete")
-    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",") if action]
+    def _sign(self, payload: str) -> str:
+        """The JSON Web Token of a payload, in base64url, signed with HMAC-SHA256."""
+        content = f"eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9.{payload}"  # {"typ":"JWT","alg":"HS256"}
+        signature = hmac.digest(self._key, content.encode(), "sha256")
+        return f"{content}.{base64.urlsafe_b64encode(signature).decode()}".rstrip("=")
 
 
 def load_key(path: str, *, create: bool) -> bytes:
-    """The key that signs tokens, made if there is none: tokens outlive a restart. Raises StartupError."""
-    try:
+    """The key that signs tokens, kept so that they outlive a restart; empty if there is none."""
+    with explain_failure(f"cannot use {path}", "remove it for a new one"):
         if create:
             with locked_directory(os.path.dirname(path)):
                 if not os.path.lexists(path):
                     replace_file(path, secrets.token_bytes(32))
+        elif not os.path.lexists(path):
+            return b""
         with open(path, "rb", opener=no_follow) as file:
             key = file.read()
-    except FileNotFoundError:
-        return secrets.token_bytes(32)
-    except OSError as error:
-        raise StartupError(f"cannot use {path}: {error.strerror}; remove it if it is no file") from error
-    if len(key) < 32:
-        raise StartupError(f"{path} has fewer than 32 bytes, which can be guessed; remove it for a new one")
-    return key
+        if len(key) < 32:
+            raise ValueError("it has fewer than 32 bytes, which can be guessed")
+        return key
 
 
 def replace_file(path: str, content: bytes) -> None:
     """Write a private file in one step, durably."""
-    temporary = f"{path}.{secrets.token_hex(8)}"
+    directory = os.path.dirname(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", dir=directory)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        os.unlink(temporary)
         raise
-    sync_directory(os.path.dirname(os.path.abspath(path)))
-
-
-def watch_certificate(certificate: str, key: str | None = None) -> WatchedFiles[ssl.SSLContext]:
-    """What TLS is spoken with, from PEM files that are read again when they change. Raises StartupError."""
-
-    def load() -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-        context.load_cert_chain(certificate, key)
-        return context
-
-    return WatchedFiles([path for path in (certificate, key) if path], load)
+    sync_directory(directory)
 
 
 # === Messages =========================================================================================
@@ -3649,7 +3565,7 @@ def token_reply(request: Request, user: str | None, scopes: list[str], service: 
     access = request.context.access
     if service and service != access.service:
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
-    if user is None and not access.admits_anonymous():
+    if user is None and not access.permits(None, CATALOG):
         raise RegistryError(ErrorCode.UNAUTHORIZED)
     requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
     return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
@@ -3940,7 +3856,7 @@ class Server(ThreadingHTTPServer):
         listener: socket.socket,
         context: Context,
         *,
-        tls: WatchedFiles[ssl.SSLContext] | None = None,
+        tls: WatchedFiles | None = None,
         max_connections: int = MAX_CONNECTIONS,
         parent_alive: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
@@ -4088,13 +4004,8 @@ def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
     """A store, or a StartupError that says why there is none; takes what Store takes."""
     if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
         raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
-    try:
+    with explain_failure(f"cannot use {data} as data directory", "name one that you can write to"):
         return Store(data, **options)
-    except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartupError(
-            f"cannot use {os.fspath(data)} as data directory: {reason}; name one that you can write to"
-        ) from error
 
 
 _running: set[Registry] = set()  # those that are open in this process
@@ -4133,7 +4044,7 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._stop_deadline = 0.0
-        self._token_key: bytes | None = None  # once known, that of every worker
+        self._spare_key = secrets.token_bytes(32)  # signs tokens where none can be kept; the workers' as well
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Registry:
@@ -4145,11 +4056,16 @@ class Registry:
     def start(self) -> Registry:
         """Begin to serve in the background, for the first time or after close. Raises StartupError."""
         self.open()
-        thread = threading.Thread(target=self.serve, name="registry", daemon=True)
+        thread = threading.Thread(target=self.server.serve_forever, name="registry", daemon=True)
         thread.start()
         self._resources.callback(thread.join)
-        self._resources.callback(self.server.stop_accepting)
         return self
+
+    def bind(self) -> socket.socket:
+        """A socket that listens where this registry is to. Raises StartupError."""
+        where = f"cannot listen on {self.host} port {self.port}"
+        with explain_failure(where, "choose another --host or --port"):
+            return listen(self.host, self.port)
 
     def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
@@ -4158,9 +4074,18 @@ class Registry:
         self._check_options()
         with contextlib.ExitStack() as resources:
             resources.callback(_running.discard, self)
-            self.store = self._open_store(resources)
+            data = self.data
+            if data is None:
+                data = tempfile.mkdtemp(prefix="registry-")
+                resources.callback(shutil.rmtree, data, ignore_errors=True)
+            durable = self.data is not None if self.sync is None else self.sync
+            self.store = open_store(
+                data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
+            )
             resources.callback(self.store.close)
-            self.server = self._open_server(listener or self.bind(), parent_alive)
+            listener = listener or self.bind()
+            resources.callback(listener.close)
+            self.server = self._make_server(listener, parent_alive)
             resources.callback(self.server.server_close)
             resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
@@ -4170,102 +4095,62 @@ class Registry:
             self._resources = resources.pop_all()
             _running.add(self)
 
-    def _open_store(self, resources: contextlib.ExitStack) -> Store:
-        data, durable = self.data, self.sync
-        if data is None:
-            data = tempfile.mkdtemp(prefix="registry-")
-            resources.callback(shutil.rmtree, data, ignore_errors=True)
-        if durable is None:
-            durable = self.data is not None
-        return open_store(
-            data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
-        )
-
-    def bind(self) -> socket.socket:
-        """A socket that listens where this registry is to. Raises StartupError."""
-        try:
-            return listen(self.host, self.port)
-        except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise StartupError(
-                f"cannot listen on {self.host} port {self.port}: {reason}; choose another --host or --port"
-            ) from error
-
     def _check_options(self) -> None:
+        """Raise a StartupError for options that cannot be, or not together."""
         if self.data is not None and os.path.realpath(self.data) in _inherited:
-            raise StartupError(  # SQLite here would take the locks of the process it is a copy of for its own
-                f"{os.fspath(self.data)} was in use when this process was forked; start a process anew for it"
-            )
+            # SQLite here would take the locks of the process it is a copy of for its own.
+            raise StartupError(f"{self.data} was in use when this process was forked; start one anew for it")
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
-        if self.anonymous_pull and not self.users:
-            raise StartupError(
-                "without users everybody may push as well; give --users, or leave anonymous pulls out"
-            )
+        if not self.users and (self.grants or self.anonymous_pull):
+            raise StartupError("without users everybody may push as well; give --users, or let everybody in")
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
-    def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
-        limit = self.max_connections
-        if resource and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+    def _make_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+        limit, (files, _) = self.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
-        with contextlib.ExitStack() as undo:
-            undo.callback(listener.close)
-            tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
-            try:
-                proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
-            except ValueError as error:
-                raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
-            context = Context(self.store, self._open_access(limit), self.public_url, tls is not None, proxies)
-            undo.pop_all()
-        return Server(
-            listener,
-            context,
-            tls=tls,
-            max_connections=limit,
-            parent_alive=parent_alive,
-            log=self.log,
+        key, path = b"", f"{self.store.files.root}/token.key"
+        if self.users:
+            key = load_key(path, create=not self.read_only) or self._spare_key
+        access = Access(
+            self.users, self.grants, anonymous_pull=self.anonymous_pull, key=key, max_connections=limit
         )
-
-    def _open_access(self, max_connections: int) -> Access:
-        if self._token_key is None and self.users:
-            path = os.path.join(self.store.files.root, "token.key")
-            self._token_key = load_key(path, create=not self.read_only)
-        return Access(
-            self.users,
-            self.grants,
-            anonymous_pull=self.anonymous_pull,
-            key=self._token_key or b"",
-            max_logins=max(max_connections // 2, 1),
+        tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
+        with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
+            proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
+        context = Context(self.store, access, self.public_url, tls is not None, proxies)
+        return Server(
+            listener, context, tls=tls, max_connections=limit, parent_alive=parent_alive, log=self.log
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
+        """Have a thread do what comes round, each job at its interval, until the resources are freed."""
         stop = threading.Event()
-        housekeeper = threading.Thread(target=self._run_periodic_jobs, args=(stop,), daemon=True)
-        housekeeper.start()
-        resources.callback(lambda: housekeeper.join(max(0.0, self._stop_deadline - time.monotonic())))
-        resources.callback(stop.set)
-
-    def _run_periodic_jobs(self, stop: threading.Event) -> None:
-        """Do what comes round, each job at its interval, until told to stop."""
-        jobs: list[tuple[float, Callable[[], object]]] = [
-            (FLUSH_INTERVAL, self.store.flush_pulls),
-            (FLUSH_INTERVAL, self.store.files.keep_reserve),
-            (EXPIRY_INTERVAL, self.store.expire_uploads),
-        ]
-        due = [time.monotonic() + interval for interval, _ in jobs]
+        intervals: dict[Callable[[], object], float] = {
+            self.store.flush_pulls: FLUSH_INTERVAL,
+            self.store.files.keep_reserve: FLUSH_INTERVAL,
+            self.store.expire_uploads: EXPIRY_INTERVAL,
+        }
+        due = {job: time.monotonic() + interval for job, interval in intervals.items()}
         if self.gc_interval:
-            jobs.append((self.gc_interval, lambda: self._collect_garbage(stop)))
+            collect = functools.partial(self._collect_garbage, stop)
             passed = abs(time.time() - self.store.files.collected_at())  # its clock may have been ahead
-            due.append(time.monotonic() + max(0.0, self.gc_interval - passed))
-        while not stop.wait(max(0.0, min(due) - time.monotonic())):
-            number = due.index(min(due))
-            interval, job = jobs[number]
-            try:
-                job()
-            except Exception:  # the disk may be full; it need not stay so
-                write_log(traceback.format_exc(), end="")
-            due[number] = time.monotonic() + interval
+            intervals[collect], due[collect] = self.gc_interval, time.monotonic() + self.gc_interval - passed
+
+        def run() -> None:
+            while not stop.wait(due[job := min(due, key=due.__getitem__)] - time.monotonic()):
+                try:
+                    job()
+                except Exception:  # the disk may be full; it need not stay so
+                    write_log(traceback.format_exc(), end="")
+                due[job] = time.monotonic() + intervals[job]
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        resources.callback(lambda: thread.join(max(0.0, self._stop_deadline - time.monotonic())))
+        resources.callback(stop.set)
 
     def _collect_garbage(self, stop: threading.Event) -> None:
         """Collect, and with the first collection of a day (UTC) walk over blobs/."""
@@ -4277,14 +4162,10 @@ class Registry:
         if self.log and collector.summary():
             self.log(f"gc removed {collector.summary()}")
 
-    def serve(self) -> None:
-        """Accept connections until stop; after open."""
-        self.server.serve_forever()
-
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
         self._stop_deadline = time.monotonic() + timeout
-        if hasattr(self, "server"):
+        if self in _running:
             self.server.stop_accepting()
         self._resources.close()
 
@@ -4313,8 +4194,7 @@ def _leave_to_parent() -> None:
     _running.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 # === Command line =====================================================================================
 
@@ -4378,7 +4258,7 @@ def stop_on_signals(server: Server, *signals: signal.Signals) -> None:
 
 def serve_until_stopped(registry: Registry) -> None:
     """Serve in this thread, and close what was opened when it is over."""
-    registry.serve()
+    registry.server.serve_forever()
     signal.set_wakeup_fd(-1)
     registry.close(STOP_TIMEOUT)
 
@@ -4480,8 +4360,6 @@ def exposure_warnings(options: argparse.Namespace) -> list[str]:
 
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system will: each connection takes one, and often a file with it."""
-    if resource is None:
-        return
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         enough = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS allows no more than that
@@ -4565,27 +4443,23 @@ def command_verify(options: argparse.Namespace) -> int:
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
     name, line = options.name, None
-    try:
+    with explain_failure(f"cannot change {options.users}"):
         if not options.delete:
             if not re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", name) or not name.isprintable():
-                raise ValueError(
-                    f"a name has no white space, colon, # in front, or over {USER_LIMIT} characters"
-                )
+                raise ValueError(f"names have 1 to {USER_LIMIT} characters, no space or colon, no # in front")
             line = f"{name}:{hash_password(ask_password())}"
         change_user(os.path.realpath(options.users), name, line)
-    except (OSError, ValueError) as error:
-        raise StartupError(f"cannot change {options.users}: {error}") from error
 
 
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
     with locked_directory(os.path.dirname(path)):
-        text = Path(path).read_text(encoding="utf-8-sig") if os.path.exists(path) else ""
-        lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
-        if line is None and len(lines) == len(text.splitlines()):
+        before = Path(path).read_text(encoding="utf-8-sig").splitlines() if os.path.exists(path) else []
+        after = [other for other in before if other.partition(":")[0].strip() != name]
+        if line is None and after == before:
             raise StartupError(f"there is no {name} in {path}")
-        content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
-        replace_file(path, content.encode("utf-8"))
+        after += [] if line is None else [line]
+        replace_file(path, "".join(f"{each}\n" for each in after).encode("utf-8"))
 
 
 def ask_password() -> str:

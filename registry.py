@@ -164,7 +164,7 @@ FAILURE_LIMIT = 5  # wrong passwords from one address before it is slowed down
 FAILURE_INTERVAL = 60.0  # seconds without one, after which they are forgotten
 FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, and at most
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
-SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
+SCRYPT_MEMORY = 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
@@ -2358,17 +2358,12 @@ def load_certificate(certificate: str, key: str | None = None) -> ssl.SSLContext
     return context
 
 
-def hash_password(password: str) -> str:
-    """A password's scrypt hash, salted, as a line of the users file holds it."""
-    salt = secrets.token_bytes(16)
-    parts = salt, _scrypt(password, salt, 14, 8, 1)
-    return "$".join(
-        ["$scrypt$ln=14,r=8,p=1", *(base64.b64encode(part).decode().rstrip("=") for part in parts)]
-    )
-
-
-def _scrypt(password: str, salt: bytes, ln: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
+def hash_password(password: str, salt: bytes = b"", ln: int = 14, r: int = 8, p: int = 1) -> str:
+    """A password's scrypt hash as a line of the users file holds it; with a new salt, if none is given."""
+    salt = salt or secrets.token_bytes(16)
+    value = hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
+    encoded = (base64.b64encode(part).decode("ascii").rstrip("=") for part in (salt, value))
+    return "$".join((f"$scrypt$ln={ln},r={r},p={p}", *encoded))
 
 
 @functools.lru_cache(maxsize=1)
@@ -2392,14 +2387,14 @@ def system_crypt() -> Callable[[str, str], str] | None:
 
 def password_check(hashed: str) -> Callable[[str], bool]:
     """What tells whether a password is the one behind a hash. Raises ValueError if this machine cannot."""
-    match = re.fullmatch(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([\w+/]+)\$([\w+/]+)", hashed, re.ASCII)
+    match = re.fullmatch(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([\w+/]+)\$[\w+/]{43}", hashed, re.ASCII)
     if match:
         ln, r, p = map(int, match.groups()[:3])
-        salt, expected = (base64.b64decode(part + "==") for part in match.groups()[3:])  # not padded there
+        salt = base64.b64decode(match[4] + "==")  # which takes more than it needs
         if not ln or 128 * r << ln > SCRYPT_MEMORY:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
-        _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
-        return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
+        hash_password("", salt, 1, r, p)  # raises ValueError for what it cannot do
+        return lambda password: hmac.compare_digest(hash_password(password, salt, ln, r, p), hashed)
     costs = "0[4-9]|1[0-6]"  # more would take 8 seconds
     if re.fullmatch(rf"\$2[aby]\$(?:{costs})\$[./A-Za-z0-9]{{53}}", hashed) and (crypt := system_crypt()):
         return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
@@ -2607,10 +2602,7 @@ class Access:
         return Caller(self.log_in(name, password, address))
 
     def log_in(self, name: str, password: str, address: str) -> str:
-        """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
-
-        What was right is remembered for a while, as a keyed hash, so that a user who comes back never waits.
-        """
+        """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
             raise wrong
@@ -2627,13 +2619,13 @@ class Access:
                     if not right:
                         self._queue.fail(network)
                         raise wrong
-        self._verified.put(proof, True, PASSWORD_LIFETIME)
+        self._verified.put(proof, True, PASSWORD_LIFETIME)  # so a user who comes back never waits
         return name
 
     def _stand_in(self, users: dict[str, Any], name: str) -> Any:
         """Whose password to check for a name that is nobody's, so that time tells nothing.
 
-        It is always the same for the same name, since users need not all have hashes that take equally long.
+        It is always the same one's for a name, since users need not all have hashes that take equally long.
         """
         others = list(users.values()) or [("", lambda _: False)]
         return others[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(others)]
@@ -2653,11 +2645,9 @@ class Access:
         if not hmac.compare_digest(token.encode(), self._sign(payload).encode()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
         claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
-        if claims["aud"] != self.service or claims["exp"] <= time.time():
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
-        user = claims["sub"]
-        if user is not None and user not in self._users.get():
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
+        user, current = claims["sub"], claims["aud"] == self.service and claims["exp"] > time.time()
+        if not current or (user is not None and user not in self._users.get()):
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired, or its user is gone")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
     def _sign(self, payload: str) -> str:
@@ -4063,8 +4053,8 @@ class Registry:
 
     def bind(self) -> socket.socket:
         """A socket that listens where this registry is to. Raises StartupError."""
-        where = f"cannot listen on {self.host} port {self.port}"
-        with explain_failure(where, "choose another --host or --port"):
+        failure = f"cannot listen on {self.host} port {self.port}"
+        with explain_failure(failure, "choose another --host or --port"):
             return listen(self.host, self.port)
 
     def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:

@@ -793,20 +793,17 @@ class Files:
             raise RegistryError(ErrorCode.STORAGE_FULL)
 
     def keep_reserve(self) -> None:
-        """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
+        """Set some space aside while there is plenty, to give up when the disk is full: for deletions."""
         path, free = f"{self.root}/reserve", shutil.disk_usage(self.root).free
-        if self.durable and not os.path.lexists(path) and free > 2 * RESERVE_SIZE:
-            try:
+        try:
+            if free < RESERVE_SIZE:
+                remove_file(path)
+            elif self.durable and free > 2 * RESERVE_SIZE and not os.path.lexists(path):
                 with open(path, "wb", buffering=0, opener=no_follow) as file:
                     file.write(bytes(RESERVE_SIZE))
-            except OSError:  # a quota, say: then there is none
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-    def release_reserve(self) -> None:
-        """Give up the space set aside if the disk is full, so that the database can record deletions."""
-        if shutil.disk_usage(self.root).free < RESERVE_SIZE:
-            remove_file(f"{self.root}/reserve")
+        except OSError:  # a quota, say: then there is none
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def collected_at(self, *, now: bool = False) -> float:
         """When a daemon last collected garbage: now, and noted, if that is said, or if none did."""
@@ -907,14 +904,13 @@ _log_indexes_lock = threading.Lock()
 def map_log_index(path: str) -> mmap.mmap | None:
     """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
 
-    SQLite writes both its copies anew before anybody can see what was committed (walformat.html, 2.1), and
-    looking at them here costs next to nothing. PRAGMA data_version tells the same, but halves the rate of
-    GETs, since each query lets other threads run.
+    SQLite writes it anew before anybody can see what was committed (walformat.html, 2.1), and a look at it
+    costs next to nothing. PRAGMA data_version tells the same, but halves the rate of GETs, since each query
+    lets other threads run. None where SQLite cannot write to the file, and may hold no lock on its size.
 
     A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
-    one: another process could then empty it. So all stores of this process share one descriptor and mapping
-    of a file, and those stay until SQLite has removed the file: when nobody has the database open any more.
-    None where SQLite cannot write to the file, and may hold no lock on its size.
+    one. So all stores of this process share one descriptor and mapping of a file, and those stay until SQLite
+    has removed the file: when nobody has the database open any more.
     """
     with _log_indexes_lock:
         for key, (descriptor, index) in list(_log_indexes.items()):
@@ -1069,12 +1065,14 @@ class Store:
             resources.push(lambda *_: self._database.close())
             ((version,),) = self.query("PRAGMA user_version")
             if version != FORMAT_VERSION:
-                self._refuse_format(version)
+                newer = version > FORMAT_VERSION
+                advice = "run the newer one that made it" if newer else "start without --read-only once"
+                raise StartupError(f"{self._path} has format {version}, not {FORMAT_VERSION}: {advice}")
             self._resources = resources.pop_all()
 
     def _open_for_writing(self, resources: contextlib.ExitStack) -> None:
         self.files.make_directories()
-        self.files.release_reserve()
+        self.files.keep_reserve()
         self._writer = connect(self._path, "rwc")
         resources.callback(self._writer.close)
         with locked_directory(self.files.root):  # nobody waits for a database that is being made
@@ -1082,7 +1080,6 @@ class Store:
         if self.files.durable:
             self._log = os.open(f"{self._path}-wal", os.O_RDWR)
             resources.callback(os.close, self._log)
-        self.files.keep_reserve()
 
     def _make_database(self) -> None:
         """Make the tables, or bring those of format 1 up to date, in one transaction (schema.sql)."""
@@ -1097,13 +1094,6 @@ class Store:
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
         remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
-
-    def _refuse_format(self, version: int) -> NoReturn:
-        if version > FORMAT_VERSION:
-            advice = f"this registry.py knows {FORMAT_VERSION}: run the newer registry.py that made it"
-        else:
-            advice = "nothing can be served from it read-only: start without --read-only once"
-        raise StartupError(f"{self._path} has format {version}, and {advice}")
 
     def close(self) -> None:
         """Close the database. No other method may be called again.
@@ -1162,7 +1152,6 @@ class Store:
         """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
         durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
-        Raises sqlite3.OperationalError, for which is_busy holds, when it waits for the lock for too long.
         """
         if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
             with contextlib.closing(self._database.connect()) as db:
@@ -1170,7 +1159,7 @@ class Store:
             return
         deadline = time.monotonic() + timeout
         if frees:
-            self.files.release_reserve()
+            self.files.keep_reserve()
         if not self._write_lock.acquire(timeout=timeout):
             raise sqlite3.OperationalError("database is locked")
         try:
@@ -1195,11 +1184,10 @@ class Store:
         """Wait until a commit of this store, or else all that anybody has committed by now, is on the disk.
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
-        the disk takes its time, and one sync serves all who committed before it began, the more the slower
-        the disk is. What a commit builds on lies before it in the log. Should the log be begun anew before
-        the sync, by whatever process, then SQLite has synced it, and the database with all it said, before
-        (wal.html, 3); it syncs the log's new head, and a new log's name, too. While this store has the
-        database open, nobody removes the log, so the descriptor is always that of the right file.
+        the disk takes its time, and one sync serves all who committed before it began. What a commit builds
+        on lies before it in the log. Before the log is begun anew, by whatever process, SQLite syncs it, and
+        the database with all it said (wal.html, 3). While this store has the database open, nobody removes
+        the log, so the descriptor is always that of the right file.
 
         A sync that failed is not tried again: the system may have dropped what it could not write, and would
         report success. Nothing is acknowledged then until a restart, which reads the log up to what is bad.
@@ -1220,11 +1208,10 @@ class Store:
 
     @contextlib.contextmanager
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
-        """A transaction for the rows of a content that is on disk under its digest by then.
+        """A transaction for the rows of a content that is put on disk before, so that nobody waits for that.
 
-        It is put there before, so that others need not wait for that. Should it have been collected until
-        the transaction begins, the bytes, which are still open, are put there again. If the transaction
-        fails, the file goes unless it has a row: others who are about to give it one look first.
+        Should it have been collected until the transaction begins, the bytes, which are still open, are put
+        there again. If the transaction fails, the file goes unless it has a row.
         """
         self.files.place(upload, digest)
         try:
@@ -1319,10 +1306,7 @@ class Store:
         raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
 
     def delete_blob(self, name: str, digest: str) -> None:
-        """Unlink a blob from a repository; its file goes with its last link.
-
-        Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
-        """
+        """Unlink a blob; its file goes with its last link. Raises BLOB_UNKNOWN, STILL_NEEDED."""
         with self.transaction(frees=True) as db:
             row = db.execute(self.BLOB, (name, digest)).fetchone()
             if row is None:
@@ -1362,7 +1346,7 @@ class Store:
     def remove_files(self, digests: Iterable[str]) -> None:
         """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
 
-        One that cannot be removed stays among the pending deletes, and is tried again by remove_pending.
+        One that cannot be removed stays among the pending deletes, for remove_pending to try again.
         """
         sql = "SELECT 1 FROM pending_deletes WHERE digest = ?"
         with self.transaction(durable=False, frees=True) as db:
@@ -1410,10 +1394,7 @@ class Store:
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to; one that there is no room for is dropped.
-
-        Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY.
-        """
+        """An upload session to write to, dropped if the disk is full. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
             upload = self.files.open_upload(session)
@@ -1449,10 +1430,7 @@ class Store:
             upload.unlink()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
-        """Make an upload the repository's blob of this digest, durably.
-
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
-        """
+        """Make an upload the repository's blob of this digest, durably. Raises what Files.place does."""
         with self._placed(upload, digest) as db:
             repository = self._link(db, name, digest, upload.size)
             now, began = int(time.time()), began_at(upload.id)
@@ -1464,10 +1442,7 @@ class Store:
                 )
 
     def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
-        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request.
-
-        An upload that is being written to is left alone.
-        """
+        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
 
         def is_left_behind(name: str, status: os.stat_result) -> bool:
             return "-" not in name or abs(time.time() - status.st_mtime) > lifetime  # by a wrong clock, maybe

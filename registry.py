@@ -1394,7 +1394,7 @@ class Store:
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to, dropped if the disk is full. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
+        """An upload session to write to, dropped on a full disk. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
             upload = self.files.open_upload(session)

@@ -507,12 +507,11 @@ def remove_file(path: str) -> None:
 
 
 def file_state(file: str | int) -> tuple[int, int, int] | None:
-    """What tells whether a file is still the same: time, size and inode; None if there is none."""
-    try:
+    """What tells whether a file, by path or descriptor, is still the same: time of change, size, inode."""
+    with contextlib.suppress(OSError):
         status = os.stat(file)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
 
 
 def hash_file(file: io.FileIO, algorithm: str) -> str:
@@ -931,12 +930,9 @@ def map_log_index(path: str) -> mmap.mmap | None:
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection to a database that any thread may use; mode: that of SQLite's URIs."""
+    uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     connection = sqlite3.connect(
-        f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}",
-        uri=True,
-        timeout=DATABASE_TIMEOUT,
-        isolation_level=None,
-        check_same_thread=False,
+        uri, uri=True, timeout=DATABASE_TIMEOUT, isolation_level=None, check_same_thread=False
     )
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -945,39 +941,27 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 class Database:
     """registry.db, for queries: pooled connections, and what tells whether anything was committed.
 
-    Where SQLite's locks cannot be had, which are files beside the database, it is read without, or, if its
-    log lies there, a copy of both. That holds only for as long as the files stay as they are.
+    Where SQLite's locks cannot be had, which are files beside the database, it is read without them. That
+    holds only for as long as the files stay as they are.
     """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Raises sqlite3.Error, OSError."""
         self._path = path
         self._idle: list[sqlite3.Connection] = []  # a stack, so that few stay warm
-        self._states: object = None  # of the files, where they are read without locks
-        self._copy: str | None = None  # the directory of a copy
-        self.connect = functools.partial(connect, path, "ro" if read_only else "rw")
+        self._states: tuple[Any, Any] | None = None  # of the files, where they are read without locks
+        self._mode = "ro" if read_only else "rw"
         try:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
             self.close()
             if not read_only or is_busy(error):
                 raise
-            self._do_without_locks()
+            self._states = _, log = self._look()
+            self._mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
         self._index = None if self._states else map_log_index(f"{path}-shm")
 
-    def _do_without_locks(self) -> None:
-        self._states = self._look()
-        log = f"{self._path}-wal"
-        if not os.path.exists(log) or not os.path.getsize(log):
-            self.connect = functools.partial(connect, self._path, "ro&immutable=1")
-            return
-        self._copy = tempfile.mkdtemp(prefix="registry-")
-        copy = os.path.join(self._copy, "registry.db")
-        for suffix in ("", "-wal"):
-            shutil.copyfile(f"{self._path}{suffix}", f"{copy}{suffix}")
-        self.connect = functools.partial(connect, copy, "rw")
-
-    def _look(self) -> object:
+    def _look(self) -> tuple[Any, Any]:
         return file_state(self._path), file_state(f"{self._path}-wal")
 
     def is_outdated(self) -> bool:
@@ -989,6 +973,13 @@ class Database:
         if self._index is not None:
             return self._index[:]
         return self._states and self._look()
+
+    def connect(self) -> sqlite3.Connection:
+        """A connection for queries."""
+        connection = connect(self._path, self._mode)
+        if self._states:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # keeps the log's index in memory
+        return connection
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """The rows of one query."""
@@ -1005,11 +996,9 @@ class Database:
                 connection.close()
 
     def close(self) -> None:
-        """Close the idle connections, and remove the copy."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().close()
-        if self._copy:
-            shutil.rmtree(self._copy, ignore_errors=True)
 
 
 def read_schema() -> list[str]:
@@ -2212,7 +2201,7 @@ class WatchedFiles(Generic[T]):
                 self._lock.release()
         return self._value
 
-    def _signature(self) -> list[tuple[int, int, int] | None]:
+    def _signature(self) -> list[object]:
         return [file_state(path) for path in self._paths]
 
 

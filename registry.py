@@ -127,7 +127,6 @@ RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
 BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
-CACHE_SIZE = 8 * MIB
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -139,7 +138,6 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
-UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 DAY = 24 * 3600
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
@@ -395,18 +393,13 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
 
 
 def _parse_json_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes. Neither depth nor a number's length costs more than it should."""
-
     def parse_int(digits: str) -> int:
         if len(digits) > 20:  # int() takes quadratic time
             raise ValueError("number too long")
         return int(digits)
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=refuse_constant)
+    try:  # parse_constant gets NaN and Infinity, which are not JSON
+        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
     if not isinstance(document, dict):
@@ -1036,7 +1029,7 @@ class Store:
         self.read_only = read_only
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
-        self._cache = Cache(CACHE_SIZE)  # of small contents
+        self._cache = Cache(8 * MIB)  # of small contents
         self._lookups = Cache(4 * MIB)  # of query results
         self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
@@ -1430,7 +1423,7 @@ class Store:
                     (now, began - PUSH_PAUSE, repository),
                 )
 
-    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
+    def expire_uploads(self, lifetime: float = DAY) -> None:
         """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
 
         def is_left_behind(name: str, status: os.stat_result) -> bool:

@@ -1531,11 +1531,8 @@ class Store:
                     ),
                 )
                 if manifest.subject:
-                    db.execute(
-                        "INSERT INTO referrers VALUES (?, ?, ?)"
-                        " ON CONFLICT (repository_id, digest) DO UPDATE SET descriptor = excluded.descriptor",
-                        (repository, digest, manifest.descriptor(digest, len(content))),
-                    )
+                    described = manifest.descriptor(digest, len(content))
+                    db.execute("REPLACE INTO referrers VALUES (?, ?, ?)", (repository, digest, described))
                 self._record_references(db, repository, digest, manifest)
                 db.executemany(
                     "INSERT INTO tags VALUES (?, ?, ?)"

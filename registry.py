@@ -362,10 +362,7 @@ def invalid_manifest(reason: str) -> RegistryError:
 
 
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
-    """Check a manifest or index of any media type, pushed with this Content-Type ("" for none).
-
-    Raises MANIFEST_INVALID for anything that is neither.
-    """
+    """A manifest or index of any media type, pushed with this Content-Type or "". Raises MANIFEST_INVALID."""
     document = _parse_json_object(content)
     media_type = _media_type(document, content_type)
     _check_members(document, media_type)
@@ -727,8 +724,7 @@ class Files:
     def place(self, upload: UploadFile, digest: str) -> None:
         """Make an upload the content with this digest, durably: the only way into blobs/.
 
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest. A file that is there
-        already is replaced by its equal, which mends a damaged one.
+        A file that is there already is replaced, which mends a damaged one. Raises DIGEST_INVALID.
         """
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
@@ -808,10 +804,7 @@ class Files:
             return time.time()
 
     def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
-        """A new upload, locked: a session of a repository, or one that ends with this request.
-
-        Its name says when it began; that of a session also how its bytes are hashed, and whose it is.
-        """
+        """A new upload, locked: a session of a repository, or one that ends with this request."""
         owner = f"-{algorithm}-{hashed_name(repository)}" if repository else ""
         for _ in range(10):
             name = f"{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
@@ -1078,12 +1071,9 @@ class Store:
         remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
 
     def close(self) -> None:
-        """Close the database. No other method may be called again.
-
-        Does nothing while one is still running that waits for the write lock or has it, such as for a
-        request that did not end in time: SQLite does not survive what it works with being closed.
-        """
+        """Close the database. No other method may be called again."""
         self.flush_pulls()
+        # A request that did not end in time may have the lock: SQLite does not survive being closed then.
         if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
             self._resources.close()
             self._write_lock.release()
@@ -1215,10 +1205,7 @@ class Store:
             raise
 
     def _change_if_possible(self, sql: str, rows: list[tuple[Any, ...]]) -> int | None:
-        """Run a statement for each of these rows, and return how many it changed.
-
-        None when a full disk, or a busy database, leaves that undone: what is so written can do without.
-        """
+        """Run a statement for each row; how many it changed, None if the disk is full or the database busy."""
         try:
             with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
                 return db.executemany(sql, rows).rowcount
@@ -1248,8 +1235,7 @@ class Store:
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here.
 
-        Where that cannot be recorded, the answer stands all the same: it serves pulls, and a push that
-        follows is likely to fail as well.
+        Where that cannot be recorded, the answer stands: it serves pulls, and a push would fail as well.
         """
         now = time.time()
         if self.read_only or now - leased_at < LEASE_SLACK:
@@ -1278,10 +1264,7 @@ class Store:
     )
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
-        """A blob that the repository is linked to. Raises BLOB_UNKNOWN.
-
-        lease: garbage collection shall leave it alone for the grace period.
-        """
+        """A blob of the repository; if leased, gc leaves it alone for the grace period. Raises BLOB_UNKNOWN."""
         for size, repository, leased_at, _ in self.query_cached(self.BLOB, name, digest):
             if not lease or self._lease(repository, digest, leased_at):
                 return Descriptor(OCTET_STREAM, digest, size)
@@ -1306,11 +1289,8 @@ class Store:
         db.execute(sql, (repository, digest))
 
     def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
-        """Within a transaction: forget a content in every repository, so that clients push it again.
-
-        What a manifest among them needed is left alone for the grace period, to be found by that push.
-        """
-        db.execute(
+        """Within a transaction: forget a content in every repository, so that clients push it again."""
+        db.execute(  # what a manifest needed is left alone for the grace period, to be found by that push
             "UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN"
             " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
             (int(time.time()), digest),
@@ -1462,10 +1442,7 @@ class Store:
     )
 
     def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
-        """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN.
-
-        lease: garbage collection shall leave it alone for the grace period.
-        """
+        """A manifest by tag or digest; lease as for a blob. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
         for row in self.query_cached(self.MANIFEST, name, reference, reference):
             media_type, digest, size, repository, leased_at, _ = row
             if not lease or self._lease(repository, digest, leased_at):
@@ -1569,9 +1546,8 @@ class Store:
     def delete_manifest(
         self, name: str, reference: str, check: Callable[[str], object] = lambda digest: None
     ) -> None:
-        """Remove a tag and nothing else, or by its digest a manifest and its tags.
+        """Remove a tag and nothing else, or by its digest a manifest and its tags; check as for put_manifest.
 
-        check is called with the digest of what is there, and raises what forbids it.
         Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED.
         """
         self._require_repository(name)

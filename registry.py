@@ -1205,7 +1205,7 @@ class Store:
             raise
 
     def _change_if_possible(self, sql: str, rows: list[tuple[Any, ...]]) -> int | None:
-        """Run a statement for each row; how many it changed, None if the disk is full or the database busy."""
+        """Run a statement for each row; how many changed, None if the disk is full or the database busy."""
         try:
             with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
                 return db.executemany(sql, rows).rowcount
@@ -1264,7 +1264,7 @@ class Store:
     )
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
-        """A blob of the repository; if leased, gc leaves it alone for the grace period. Raises BLOB_UNKNOWN."""
+        """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
         for size, repository, leased_at, _ in self.query_cached(self.BLOB, name, digest):
             if not lease or self._lease(repository, digest, leased_at):
                 return Descriptor(OCTET_STREAM, digest, size)

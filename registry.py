@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import fcntl
 import functools
 import getpass
 import hashlib
@@ -81,13 +82,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import parse_qs, quote, unquote
 
-try:
-    import fcntl
-except ImportError:  # Windows: sessions are then guarded within one process only
-    fcntl = None  # type: ignore[assignment]
 try:
     import ssl
 except ImportError:  # a Python built without it serves plain HTTP
@@ -129,10 +126,7 @@ DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
 BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
-LARGE_UPLOADS = 32  # at once with such buffers; any others do with one of RECEIVE_SIZE
-FLUSH_SIZE = 8 * MIB  # after which the disk may begin to write an upload
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
-CACHE_SIZE = 8 * MIB
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -144,8 +138,6 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
-UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
-UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 DAY = 24 * 3600
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
@@ -168,17 +160,13 @@ SCRYPT_MEMORY = 64 * MIB
 FORM_LIMIT = 64 * KIB
 COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
-LOG_INDEX_HEAD = 96  # bytes: two copies of the head of registry.db-shm
-IDLE_READERS = 8  # connections to the database that are kept for the next queries
 HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload sessions
-LOOKUP_CACHE_SIZE, LOOKUP_SIZE = 4 * MIB, 32 * KIB  # of all query results remembered, and of one
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
 CHOICE = 1_000  # rows that it reads at a time
 DROP_LIMIT = 1_000  # manifests that go with one that kept them
 PUSH_PAUSE = 60  # seconds that may pass in a push between one layer and the next
 CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
-REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
 MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
 FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
@@ -232,27 +220,23 @@ class ErrorCode(enum.Enum):
     PAGE_INVALID = 400, "UNSUPPORTED", "n must be a non-negative integer"
     NOT_FOUND = 404, "UNSUPPORTED", "no such endpoint"
     METHOD_NOT_ALLOWED = 405, "UNSUPPORTED", "the endpoint does not know this method"
+    READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
     STILL_NEEDED = 405, "DENIED", "still needed by a manifest of the repository; delete that first"
-    UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
-    UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
     PRECONDITION_FAILED = 412, "DENIED", "If-Match or If-None-Match does not hold; this is there now"
-    RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     MANIFEST_TOO_LARGE = 413, "SIZE_INVALID", f"manifest larger than {MANIFEST_LIMIT // MIB} MiB"
+    BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
+    FORM_TOO_LARGE = 413, "SIZE_INVALID", "form too large"
     TOO_MANY_TAGS = 414, "UNSUPPORTED", f"more than {TAG_PARAMETER_LIMIT} tags in one request"
     URI_TOO_LONG = 414, "UNSUPPORTED", f"request line longer than {REQUEST_LINE_LIMIT // KIB} KiB"
+    UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
+    UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
+    RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     EXPECTATION_FAILED = 417, "UNSUPPORTED", "the only expectation served is 100-continue"
-    REQUEST_HEADER_FIELDS_TOO_LARGE = (
-        431,
-        "UNSUPPORTED",
-        f"more than {HEADER_COUNT_LIMIT} headers, or {HEAD_LIMIT // KIB} KiB",
-    )
+    REQUEST_HEADER_FIELDS_TOO_LARGE = 431, "UNSUPPORTED", "too many header fields, or too long"
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
     DATABASE_BUSY = 503, "TOOMANYREQUESTS", "the registry's database is busy; try again"
     HTTP_VERSION = 505, "UNSUPPORTED", "only HTTP/1.1 and HTTP/1.0 are spoken here"
-    READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
-    FORM_TOO_LARGE = 413, "SIZE_INVALID", f"form larger than {FORM_LIMIT // KIB} KiB"
-    BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
     STORAGE_FULL = 507, "DENIED", "the registry's disk is full; delete something or make room"
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -268,7 +252,7 @@ class RegistryError(Exception):
     """An ErrorCode on its way to the client: one entry for each detail, or one without."""
 
     def __init__(self, code: ErrorCode, *details: str, headers: Headers = ()) -> None:
-        details = tuple(detail[:DETAIL_LENGTH] for detail in details[:DETAIL_LIMIT])
+        details = tuple(detail[:300] for detail in details[:DETAIL_LIMIT])  # what a client sent may be long
         super().__init__(code.message, *details)
         self.code = code
         self.details = details
@@ -283,6 +267,14 @@ class RegistryError(Exception):
         return encode_json({"errors": entries or [{"code": code, "message": message, "detail": None}]})
 
 
+class StartupError(Exception):
+    """Why the registry cannot run here, in one line that says what to do about it."""
+
+
+class ClientGone(Exception):
+    """The client hung up or stalled in the middle of a request or reply."""
+
+
 def encode_json(value: object) -> bytes:
     """The JSON that every reply uses: compact, ASCII, ending in a newline."""
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
@@ -294,7 +286,7 @@ def is_out_of_space(error: BaseException) -> bool:
         return error.code in (ErrorCode.STORAGE_FULL, ErrorCode.BLOB_TOO_LARGE)
     if isinstance(error, sqlite3.OperationalError):
         return "is full" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_busy(error: BaseException) -> bool:
@@ -307,14 +299,6 @@ def write_log(text: str, end: str = "\n") -> None:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + end)
         sys.stderr.flush()
-
-
-class StartupError(Exception):
-    """Why the registry cannot run here, in one line that says what to do about it."""
-
-
-class ClientGone(Exception):
-    """The client hung up or stalled in the middle of a request or reply."""
 
 
 # === Digests ==========================================================================================
@@ -378,25 +362,21 @@ def invalid_manifest(reason: str) -> RegistryError:
 
 
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
-    """Check a manifest or index of any media type, pushed with this Content-Type ("" for none).
-
-    Raises MANIFEST_INVALID for anything that is neither.
-    """
+    """A manifest or index of any media type, pushed with this Content-Type or "". Raises MANIFEST_INVALID."""
     document = _parse_json_object(content)
     media_type = _media_type(document, content_type)
-    artifact_type = _optional(document, "artifactType", str)
-    optional: list[dict[str, Any]] = []
+    _check_members(document, media_type)
+    artifact_type = _member(document, "artifactType", str)
     if "manifests" in document:
-        required = _descriptors(document["manifests"], "manifests")
+        required, foreign = _descriptors(document["manifests"], "manifests"), []
     else:
         required = _descriptors([document.get("config")], "config")
-        artifact_type = artifact_type or _optional(required[0], "mediaType", str)
-        for layer in _descriptors(document.get("layers"), "layers"):
-            kind = _optional(layer, "mediaType", str) or ""
-            foreign = layer.get("urls") or "nondistributable" in kind or "foreign" in kind
-            (optional if foreign else required).append(layer)  # clients fetch foreign layers elsewhere
+        artifact_type = artifact_type or _member(required[0], "mediaType", str)
+        layers = _descriptors(document.get("layers"), "layers")
+        foreign = [layer for layer in layers if _is_foreign(layer)]
+        required += [layer for layer in layers if not _is_foreign(layer)]
     subject = document.get("subject")
-    annotations = _optional(document, "annotations", dict) or {}
+    annotations = _member(document, "annotations", dict) or {}
     if not all(isinstance(value, str) for value in annotations.values()):
         raise invalid_manifest("annotations are not all strings")
     return Manifest(
@@ -405,23 +385,18 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
         None if subject is None else _descriptors([subject], "subject")[0]["digest"],
         annotations,
         tuple(sorted({descriptor["digest"] for descriptor in required})),
-        tuple(sorted({descriptor["digest"] for descriptor in optional})),
+        tuple(sorted({descriptor["digest"] for descriptor in foreign})),
     )
 
 
 def _parse_json_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes. Neither depth nor a number's length costs more than it should."""
-
     def parse_int(digits: str) -> int:
         if len(digits) > 20:  # int() takes quadratic time
             raise ValueError("number too long")
         return int(digits)
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=refuse_constant)
+    try:  # parse_constant gets NaN and Infinity, which are not JSON
+        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
     if not isinstance(document, dict):
@@ -430,30 +405,39 @@ def _parse_json_object(content: bytes) -> dict[str, Any]:
 
 
 def _media_type(document: dict[str, Any], content_type: str) -> str:
-    """The one media type that body, header and the body's members agree on."""
-    declared = _optional(document, "mediaType", str)
+    """The media type that body and header agree on; what the body's members say where both are silent."""
+    declared = _member(document, "mediaType", str)
     if declared and content_type and declared != content_type:
         raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
-    index, image = "manifests" in document, "layers" in document or "config" in document
-    media_type = declared or content_type or (OCI_INDEX if index else OCI_MANIFEST)
+    media_type = declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
     if not MEDIA_TYPE.fullmatch(media_type) or len(media_type) > MEDIA_TYPE_LIMIT:
         raise invalid_manifest("malformed media type")
+    return str(media_type)
+
+
+def _check_members(document: dict[str, Any], media_type: str) -> None:
+    index, image = "manifests" in document, "layers" in document or "config" in document
     if document.get("schemaVersion") != 2 or media_type.startswith(DOCKER_SCHEMA1):
         raise invalid_manifest("schemaVersion must be 2; Docker's schema 1 is not supported")
     if index == image:
         raise invalid_manifest("needs either manifests, or config and layers")
     if media_type in ((OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)):
         raise invalid_manifest(f"its members are not those of {media_type}")
-    return media_type
 
 
-def _optional(document: dict[str, Any], member: str, kind: type) -> Any:
+def _is_foreign(layer: dict[str, Any]) -> bool:
+    """Whether clients fetch a layer elsewhere, so that it need not be here."""
+    media_type = _member(layer, "mediaType", str) or ""
+    return bool(layer.get("urls")) or "nondistributable" in media_type or "foreign" in media_type
+
+
+def _member(document: dict[str, Any], name: str, kind: type) -> Any:
     """A member that may be absent or null, but is otherwise of this kind; text is a media type, so short."""
-    value = document.get(member)
+    value = document.get(name)
     if value is not None and not isinstance(value, kind):
-        raise invalid_manifest(f"{member} is of the wrong type")
+        raise invalid_manifest(f"{name} is of the wrong type")
     if isinstance(value, str) and (len(value) > MEDIA_TYPE_LIMIT or not value.isprintable()):
-        raise invalid_manifest(f"{member} is too long, or has characters that cannot be printed")
+        raise invalid_manifest(f"{name} is too long, or has characters that cannot be printed")
     return value
 
 
@@ -477,7 +461,7 @@ def _descriptors(values: object, member: str) -> list[dict[str, Any]]:
 
 def no_follow(path: str, flags: int) -> int:
     """An opener for open() that follows no link which somebody may have put into the data directory."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def is_read_only(path: str) -> bool:
@@ -486,9 +470,7 @@ def is_read_only(path: str) -> bool:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable, where the system can."""
-    if os.name != "posix":
-        return
+    """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -499,9 +481,6 @@ def sync_directory(path: str) -> None:
 @contextlib.contextmanager
 def locked_directory(path: str) -> Iterator[None]:
     """Keep other processes, and other threads that ask, from what a directory's lock stands for."""
-    if fcntl is None:
-        yield
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -509,6 +488,28 @@ def locked_directory(path: str) -> Iterator[None]:
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have a copy of the descriptor
         os.close(descriptor)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file; no error if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def file_state(file: str | int) -> tuple[int, int, int] | None:
+    """What tells whether a file, by path or descriptor, is still the same: time of change, size, inode."""
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
+
+
+def hash_file(file: io.FileIO, algorithm: str) -> str:
+    """The digest of what is left to read of a file. Hashing lets other threads run."""
+    running, buffer = hashlib.new(algorithm), memoryview(bytearray(COPY_SIZE))
+    while count := file.readinto(buffer):
+        running.update(buffer[:count])
+    return f"{algorithm}:{running.hexdigest()}"
 
 
 @contextlib.contextmanager
@@ -531,73 +532,45 @@ def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memo
             last.result()
 
 
-def began_at(session: str) -> int:
-    """The second in which an upload session began, as its id says."""
-    return int(session[:8], 16)
-
-
-def hashed_name(name: str) -> str:
-    """What stands for a repository in the names of its upload sessions."""
-    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
-
-
-class UploadFile:
+class UploadFile(io.FileIO):
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
     The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
     descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
-    that a file is never open for writing once it is under blobs/. But NFS takes no exclusive lock on one
-    that cannot write (flock(2)): there it can, and is not used for that.
+    that a file is never open for writing once it is under blobs/. Of a session, the file stays when this is
+    closed; any other is gone then, unless it was made a blob.
     """
 
-    _large = threading.BoundedSemaphore(LARGE_UPLOADS)
+    LARGE = threading.BoundedSemaphore(32)  # uploads at once with large buffers
 
     def __init__(
-        self,
-        path: str,
-        algorithm: str,
-        check_space: Callable[[int, int], None],
-        *,
-        create: bool = False,
-        patience: float = UPLOAD_LOCK_TIMEOUT,
+        self, files: Files, session: str, algorithm: str, *, create: bool = False, patience: float = 0.2
     ) -> None:
-        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer.
-
-        check_space is asked before the file grows, with its size and by how much, and raises what forbids it.
-        """
-        self.path = path
-        self.id = os.path.basename(path)
-        self._check_space = check_space
+        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer."""
+        self.id = session
+        self.path = f"{files.root}/uploads/{session}"
+        self._files = files
         more = os.O_CREAT | os.O_EXCL if create else 0
-        self._file = open(  # noqa: SIM115
-            path, "rb", buffering=0, opener=lambda path, flags: no_follow(path, flags | more)
-        )
+        super().__init__(self.path, opener=lambda path, flags: no_follow(path, flags | more))
         try:
             self._lock(time.monotonic() + patience)
         except BaseException:
-            self._file.close()
+            super().close()
             raise
-        self.size = self._flushed = self.status().st_size
+        self.size = self._flushed = os.fstat(self.fileno()).st_size
         # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
         self._hash: Any = None if self.size else hashlib.new(algorithm)
 
     def _lock(self, deadline: float) -> None:
-        if fcntl is None:
-            return
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
-            except OSError as error:
-                if error.errno != errno.EBADF or self._file.writable():
-                    raise
-                self._file.close()
-                self._file = open(self.path, "rb+", buffering=0, opener=no_follow)  # noqa: SIM115
-        if not os.path.samestat(self.status(), os.lstat(self.path)):
+        if not os.path.samestat(os.fstat(self.fileno()), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
@@ -607,7 +580,7 @@ class UploadFile:
         in the file. Once much has come, and not too many others have such, two large buffers take turns:
         one is hashed and written while the other is filled.
         """
-        self._check_space(self.size, expected or 0)
+        self._files.check_space(self.size, expected or 0)
         start, filled = self.size, 0
         size = RECEIVE_SIZE if expected is None else min(expected + 1, RECEIVE_SIZE)  # one more: never full
         buffers = [memoryview(bytearray(size))]
@@ -622,8 +595,8 @@ class UploadFile:
                         filled = 0  # before the write: one that fails is not repeated below
                         write(buffers[0])
                         buffers.reverse()
-                        if len(buffers) == 1 and self._large.acquire(blocking=False):
-                            stack.callback(self._large.release)
+                        if len(buffers) == 1 and self.LARGE.acquire(blocking=False):
+                            stack.callback(self.LARGE.release)
                             write = stack.enter_context(write_behind(write))
                             buffers = [memoryview(bytearray(BUFFER_SIZE)) for _ in range(2)]
             finally:
@@ -632,46 +605,34 @@ class UploadFile:
         return self.size - start
 
     def _write(self, file: io.FileIO, data: memoryview) -> None:
-        self._check_space(self.size, len(data))
+        self._files.check_space(self.size, len(data))
         while data:
             written = file.write(data) or 0
             if self._hash:
                 self._hash.update(data[:written])
             self.size += written
             data = data[written:]
-        if self.size - self._flushed >= FLUSH_SIZE and hasattr(os, "posix_fadvise"):
+        if self.size - self._flushed >= 8 * MIB and hasattr(os, "posix_fadvise"):
             # Have the disk begin with what sync would else wait for all at once: that is what Linux does on
             # this advice, which is about pages that are no longer dirty.
             os.posix_fadvise(file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int | None = None) -> int:
         """Take back what was appended past this size."""
         self._hash = None
         with open(self.path, "rb+", buffering=0, opener=no_follow) as file:
             self.size = file.truncate(size)
+        return self.size
 
     def digest(self, algorithm: str) -> str:
         """The digest of what the file has, which is read unless it was hashed as it came."""
-        running = self._hash
-        if running is None or running.name != algorithm:
-            running = hashlib.new(algorithm)
-            buffer = memoryview(bytearray(RECEIVE_SIZE))
-            self._file.seek(0)
-            while count := self._file.readinto(buffer):
-                running.update(buffer[:count])
-        return f"{algorithm}:{running.hexdigest()}"
+        if self._hash and self._hash.name == algorithm:
+            return f"{algorithm}:{self._hash.hexdigest()}"
+        self.seek(0)
+        return hash_file(self, algorithm)
 
-    def copy_to(self, other: UploadFile) -> None:
-        """Append the bytes to another upload, also when this one has lost its name."""
-        self._file.seek(0)
-        other.append(self._file.readinto, self.size)
-
-    def _version(self) -> tuple[int, int, int]:
-        status = self.status()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def hash_state(self) -> tuple[Any, tuple[int, int, int]] | None:
+    def hash_state(self) -> tuple[Any, object] | None:
         """The running hash, and how to tell that the file still has no other bytes than those in it.
 
         Other processes write to it too, and what they write may be as long. So it is given a time of change
@@ -679,33 +640,26 @@ class UploadFile:
         """
         moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
         with contextlib.suppress(OSError):
-            os.utime(self._file.fileno(), ns=(moment, moment))
-        version = self._version()
-        return (self._hash, version) if self._hash and version[1:] == (self.size, moment) else None
+            os.utime(self.fileno(), ns=(moment, moment))
+        state = file_state(self.fileno())
+        return (self._hash, state) if self._hash and state and state[:2] == (moment, self.size) else None
 
-    def resume_hash(self, state: tuple[Any, tuple[int, int, int]] | None) -> None:
+    def resume_hash(self, state: tuple[Any, object] | None) -> None:
         """Take over the running hash that hash_state gave, unless somebody has written since."""
-        if state and state[1] == self._version():
+        if state and state[1] == file_state(self.fileno()):
             self._hash = state[0]
-
-    def status(self) -> os.stat_result:
-        """The file's size and times."""
-        return os.fstat(self._file.fileno())
-
-    def sync(self) -> None:
-        """Make the bytes durable."""
-        os.fsync(self._file.fileno())
 
     def unlink(self) -> None:
         """Remove the file from uploads/; no error if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        remove_file(self.path)
 
     def close(self) -> None:
-        """Release the lock, also if a forked child has inherited it; the file stays where it is."""
-        if fcntl:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()
+        """Release the lock, also if a forked child has inherited it."""
+        if not self.closed:
+            if "-" not in self.id:
+                self.unlink()
+            fcntl.flock(self, fcntl.LOCK_UN)
+            super().close()
 
 
 class Limits(NamedTuple):
@@ -729,31 +683,25 @@ class Files:
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
             path = os.path.join(self.root, directory)
             if not os.path.isdir(path):
-                os.makedirs(
-                    path, 0o777 if directory else 0o700, exist_ok=True
-                )  # the data is its owner's alone
+                mode = 0o777 if directory else 0o700  # the data is its owner's alone
+                os.makedirs(path, mode, exist_ok=True)
                 if self.durable:
                     sync_directory(os.path.dirname(path))
-        for algorithm in ALGORITHMS:
-            self._check_rename(f"{self.root}/uploads", f"{self.root}/blobs/{algorithm}")
-
-    @staticmethod
-    def _check_rename(source: str, target: str) -> None:
-        """Try what place does. Only that tells: a device has one number, however often it is mounted."""
-        paths = f"{source}/.probe", f"{target}/.probe"
-        try:
-            os.close(no_follow(paths[0], os.O_WRONLY | os.O_CREAT))
-            os.replace(*paths)
-        except OSError as error:  # a disk that is full, say, is no reason
-            if error.errno == errno.EXDEV:
-                raise StartupError(
-                    f"{source} and {target} are different volumes, and files are renamed from one to the"
-                    " other; put the whole data directory on one volume"
-                ) from None
-        finally:
-            for path in paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        for algorithm in ALGORITHMS:  # a device has one number however often it is mounted: only a try tells
+            paths = f"{self.root}/uploads/.probe", f"{self.root}/blobs/{algorithm}/.probe"
+            try:
+                os.close(no_follow(paths[0], os.O_WRONLY | os.O_CREAT))
+                os.replace(*paths)
+            except OSError as error:  # a disk that is full, say, is no reason
+                if error.errno == errno.EXDEV:
+                    raise StartupError(
+                        f"uploads and blobs/{algorithm} in {self.root} are different volumes, and files are"
+                        " renamed from one to the other; put the whole data directory on one volume"
+                    ) from None
+            finally:
+                for path in paths:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
 
     def path(self, digest: str) -> str:
         """Where the content with this digest is, or would be."""
@@ -776,8 +724,7 @@ class Files:
     def place(self, upload: UploadFile, digest: str) -> None:
         """Make an upload the content with this digest, durably: the only way into blobs/.
 
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest. A file that is there
-        already is replaced by its equal, which mends a damaged one.
+        A file that is there already is replaced, which mends a damaged one. Raises DIGEST_INVALID.
         """
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
@@ -785,7 +732,7 @@ class Files:
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.durable:
             try:
-                upload.sync()
+                os.fsync(upload.fileno())
             except OSError:
                 upload.unlink()  # tried again, what the system dropped might count as written (see _sync_log)
                 raise
@@ -797,11 +744,10 @@ class Files:
     def is_being_placed(self, digest: str) -> bool:
         """Whether a content has just been placed, and its upload waits for the row that will name it."""
         path = self.path(digest)
-        if fcntl is None or not stat.S_ISREG(os.lstat(path).st_mode):
-            return False
         try:
-            with open(path, "rb", buffering=0, opener=no_follow) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                with open(path, "rb", buffering=0, opener=no_follow) as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             return isinstance(error, BlockingIOError)
         return False
@@ -817,8 +763,7 @@ class Files:
 
     def remove(self, digest: str) -> None:
         """Remove the content; no error if it is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(digest))
+        remove_file(self.path(digest))
 
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
@@ -829,81 +774,68 @@ class Files:
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
-        largest = self._limits.max_blob_size
+        largest, reserved = self._limits
         if largest is not None and size + more > largest:
             raise RegistryError(ErrorCode.BLOB_TOO_LARGE, f"more than {largest} bytes")
-        if self._limits.min_free and self.free_space() - more < self._limits.min_free:
+        if reserved and shutil.disk_usage(self.root).free - more < reserved:
             raise RegistryError(ErrorCode.STORAGE_FULL)
 
-    def free_space(self) -> int:
-        """How many bytes of the disk are left."""
-        return shutil.disk_usage(self.root).free
-
     def keep_reserve(self) -> None:
-        """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
-        path = f"{self.root}/reserve"
+        """Set some space aside while there is plenty, to give up when the disk is full: for deletions."""
+        path, free = f"{self.root}/reserve", shutil.disk_usage(self.root).free
         try:
-            if not self.durable or os.path.lexists(path) or self.free_space() <= 2 * RESERVE_SIZE:
-                return
-            with open(path, "wb", buffering=0, opener=no_follow) as file:
-                file.write(bytes(RESERVE_SIZE))
+            if free < RESERVE_SIZE:
+                remove_file(path)
+            elif self.durable and free > 2 * RESERVE_SIZE and not os.path.lexists(path):
+                with open(path, "wb", buffering=0, opener=no_follow) as file:
+                    file.write(bytes(RESERVE_SIZE))
         except OSError:  # a quota, say: then there is none
-            self._remove_reserve()
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
-    def release_reserve(self) -> None:
-        """Give up the space set aside if the disk is full, so that the database can record deletions."""
-        if self.free_space() < RESERVE_SIZE:
-            self._remove_reserve()
-
-    def collected_at(self) -> float:
-        """When a daemon last collected garbage; now, and noted, if none did."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.stat(f"{self.root}/last-gc").st_mtime
-        with contextlib.suppress(OSError):  # the disk may be full
-            self.note_collection()
-        return time.time()
-
-    def note_collection(self) -> None:
-        """Have collected_at say now, whoever asks and when."""
-        with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
-            os.utime(file.fileno())
-
-    def _remove_reserve(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{self.root}/reserve")
+    def collected_at(self, *, now: bool = False) -> float:
+        """When a daemon last collected garbage: now, and noted, if that is said, or if none did."""
+        try:
+            with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
+                if now:
+                    os.utime(file.fileno())
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:  # the disk may be full
+            return time.time()
 
     def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
         """A new upload, locked: a session of a repository, or one that ends with this request."""
         owner = f"-{algorithm}-{hashed_name(repository)}" if repository else ""
         for _ in range(10):
-            path = f"{self.root}/uploads/{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
+            name = f"{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
             with contextlib.suppress(FileNotFoundError):
-                return UploadFile(path, algorithm, self.check_space, create=True)
+                return UploadFile(self, name, algorithm, create=True)
             with contextlib.suppress(FileExistsError):  # expire_uploads was there before the lock
                 os.mkdir(f"{self.root}/uploads")  # else somebody has removed the directory
-        raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", path)
+        raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", f"{self.root}/uploads")
 
-    def open_upload(self, session: str, patience: float = UPLOAD_LOCK_TIMEOUT) -> UploadFile:
-        """The upload with this id, locked. Raises FileNotFoundError, UPLOAD_BUSY."""
-        algorithm = session.split("-")[1] if "-" in session else "sha256"
-        return UploadFile(f"{self.root}/uploads/{session}", algorithm, self.check_space, patience=patience)
+    def open_upload(self, name: str, **options: Any) -> UploadFile:
+        """The upload with this name, locked. Takes and raises what UploadFile does."""
+        algorithm = name.split("-")[1] if "-" in name else "sha256"
+        return UploadFile(self, name, algorithm, **options)
 
-    def session_size(self, repository: str, session: str) -> int:
-        """How many bytes an upload session of this repository has. Raises BLOB_UPLOAD_UNKNOWN."""
-        match = UPLOAD.fullmatch(session)
-        if match and match[2] == hashed_name(repository):
-            with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(f"{self.root}/uploads/{session}")
-                if stat.S_ISREG(status.st_mode):
-                    return status.st_size
-        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
-
-    def uploads(self) -> list[os.DirEntry[str]]:
-        """All uploads under way or left behind; what else is in the directory is not ours."""
+    def uploads(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The names and states of all uploads, under way or left behind; what else is there is not ours."""
         with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.root}/uploads") as entries:
-            found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
-            return [entry for entry in found if entry.is_file(follow_symlinks=False)]
-        return []  # somebody has removed the directory
+            for entry in entries:
+                if UPLOAD.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def began_at(upload: str) -> int:
+    """The second in which an upload began, as its name says."""
+    return int(upload[:8], 16)
+
+
+def hashed_name(name: str) -> str:
+    """What stands for a repository in the names of its upload sessions."""
+    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
 
 
 class Cache:
@@ -913,7 +845,7 @@ class Cache:
         self._limit = limit
         self._size = 0
         self._things: dict[Any, tuple[float, int, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def get(self, key: Any) -> Any:
         """What was put there, or None."""
@@ -924,31 +856,19 @@ class Cache:
         """Remember a thing; the size is of the key as well, in the unit of the limit."""
         now = time.monotonic()
         with self._lock:
-            self._remove(key)
+            self.forget(key)
             self._things[key] = now + seconds, size, thing
             self._size += size
             while self._things:
                 oldest, (expires, _, _) = next(iter(self._things.items()))
                 if self._size <= self._limit and expires > now:
                     break
-                self._remove(oldest)
+                self.forget(oldest)
 
     def forget(self, key: Any) -> None:
         """Drop what was put there."""
         with self._lock:
-            self._remove(key)
-
-    def _remove(self, key: Any) -> None:
-        self._size -= self._things.pop(key, (0.0, 0, None))[1]
-
-
-def file_state(path: str) -> tuple[int, int, int] | None:
-    """What tells whether a file is still the same: time, size and inode; None if there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+            self._size -= self._things.pop(key, (0.0, 0, None))[1]
 
 
 # === Store ============================================================================================
@@ -962,55 +882,43 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
-class LogIndex:
+_log_indexes: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # those mapped, by device and inode
+_log_indexes_lock = threading.Lock()
+
+
+def map_log_index(path: str) -> mmap.mmap | None:
     """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
 
-    SQLite writes both its copies anew before anybody can see what was committed (walformat.html, 2.1), and
-    looking at them here costs next to nothing. PRAGMA data_version tells the same, but halves the rate of
-    GETs, since each query lets other threads run.
+    SQLite writes it anew before anybody can see what was committed (walformat.html, 2.1), and a look at it
+    costs next to nothing. PRAGMA data_version tells the same, but halves the rate of GETs, since each query
+    lets other threads run. None where SQLite cannot write to the file, and may hold no lock on its size.
 
     A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
-    one: another process could then empty it. So all stores of this process share one descriptor and mapping
-    of a file, and those stay until SQLite has removed the file: when nobody has the database open any more.
+    one. So all stores of this process share one descriptor and mapping of a file, and those stay until SQLite
+    has removed the file: when nobody has the database open any more.
     """
-
-    _lock = threading.Lock()
-    _open: ClassVar[dict[tuple[int, int], tuple[int, mmap.mmap]]] = {}  # by device and inode
-
-    @classmethod
-    def map(cls, path: str) -> mmap.mmap | None:
-        """The mapping; None where SQLite cannot write to the file, and may hold no lock on its size."""
-        if fcntl is None:  # Windows, which would not let SQLite remove it
-            return None
-        with cls._lock, contextlib.suppress(OSError):
+    with _log_indexes_lock:
+        for key, (descriptor, index) in list(_log_indexes.items()):
+            if not os.fstat(descriptor).st_nlink:
+                del _log_indexes[key]
+                index.close()
+                os.close(descriptor)
+        with contextlib.suppress(OSError):
             status = os.stat(path)
             key = status.st_dev, status.st_ino
-            if key not in cls._open:
+            if key not in _log_indexes:
                 descriptor = os.open(path, os.O_RDWR)
-                index = mmap.mmap(descriptor, LOG_INDEX_HEAD, access=mmap.ACCESS_READ)
-                cls._open[key] = descriptor, index
-            return cls._open[key][1]
-        return None
-
-    @classmethod
-    def unmap_removed(cls) -> None:
-        """Let go of the files that are gone."""
-        with cls._lock:
-            for key, (descriptor, index) in list(cls._open.items()):
-                if not os.fstat(descriptor).st_nlink:
-                    del cls._open[key]
-                    index.close()
-                    os.close(descriptor)
+                index = mmap.mmap(descriptor, 96, access=mmap.ACCESS_READ)  # the two copies
+                _log_indexes[key] = descriptor, index
+            return _log_indexes[key][1]
+    return None
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection to a database that any thread may use; mode: that of SQLite's URIs."""
+    uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     connection = sqlite3.connect(
-        f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}",
-        uri=True,
-        timeout=DATABASE_TIMEOUT,
-        isolation_level=None,
-        check_same_thread=False,
+        uri, uri=True, timeout=DATABASE_TIMEOUT, isolation_level=None, check_same_thread=False
     )
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -1019,39 +927,27 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 class Database:
     """registry.db, for queries: pooled connections, and what tells whether anything was committed.
 
-    Where SQLite's locks cannot be had, which are files beside the database, it is read without, or, if its
-    log lies there, a copy of both. That holds only for as long as the files stay as they are.
+    Where SQLite's locks cannot be had, which are files beside the database, it is read without them. That
+    holds only for as long as the files stay as they are.
     """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Raises sqlite3.Error, OSError."""
         self._path = path
-        self._readers: list[sqlite3.Connection] = []  # idle; a stack, so that few stay warm
-        self._states: object = None  # of the files, where they are read without locks
-        self._copy: str | None = None  # the directory of a copy
-        self.connect = functools.partial(connect, path, "ro" if read_only else "rw")
+        self._idle: list[sqlite3.Connection] = []  # a stack, so that few stay warm
+        self._states: tuple[Any, Any] | None = None  # of the files, where they are read without locks
+        self._mode = "ro" if read_only else "rw"
         try:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
             self.close()
             if not read_only or is_busy(error):
                 raise
-            self._do_without_locks()
-        self._index = None if self._states else LogIndex.map(f"{path}-shm")
+            self._states = _, log = self._look()
+            self._mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
+        self._index = None if self._states else map_log_index(f"{path}-shm")
 
-    def _do_without_locks(self) -> None:
-        self._states = self._look()
-        log = f"{self._path}-wal"
-        if not os.path.exists(log) or not os.path.getsize(log):
-            self.connect = functools.partial(connect, self._path, "ro&immutable=1")
-            return
-        self._copy = tempfile.mkdtemp(prefix="registry-")
-        copy = os.path.join(self._copy, "registry.db")
-        for suffix in ("", "-wal"):
-            shutil.copyfile(f"{self._path}{suffix}", f"{copy}{suffix}")
-        self.connect = functools.partial(connect, copy, "rw")
-
-    def _look(self) -> object:
+    def _look(self) -> tuple[Any, Any]:
         return file_state(self._path), file_state(f"{self._path}-wal")
 
     def is_outdated(self) -> bool:
@@ -1064,26 +960,31 @@ class Database:
             return self._index[:]
         return self._states and self._look()
 
+    def connect(self) -> sqlite3.Connection:
+        """A connection for queries."""
+        connection = connect(self._path, self._mode)
+        if self._states:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # keeps the log's index in memory
+        return connection
+
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """The rows of one query."""
         try:
-            connection = self._readers.pop()
+            connection = self._idle.pop()
         except IndexError:
             connection = self.connect()
         try:
             return connection.execute(sql, parameters).fetchall()
         finally:
-            if len(self._readers) < IDLE_READERS:
-                self._readers.append(connection)
+            if len(self._idle) < 8:
+                self._idle.append(connection)
             else:
                 connection.close()
 
     def close(self) -> None:
-        """Close the idle connections, and remove the copy."""
-        while self._readers:
-            self._readers.pop().close()
-        if self._copy:
-            shutil.rmtree(self._copy, ignore_errors=True)
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
 
 
 def read_schema() -> list[str]:
@@ -1121,8 +1022,8 @@ class Store:
         self.read_only = read_only
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
-        self._cache = Cache(CACHE_SIZE)
-        self._lookups = Cache(LOOKUP_CACHE_SIZE)
+        self._cache = Cache(8 * MIB)  # of small contents
+        self._lookups = Cache(4 * MIB)  # of query results
         self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._unremovable: set[str] = set()  # digests of files that could not be removed, and that was said
@@ -1131,22 +1032,22 @@ class Store:
         self._commits = self._synced = 0  # how many there were, and how many of them are durable
         self._unsyncable = False
         with contextlib.ExitStack() as resources:
-            resources.callback(LogIndex.unmap_removed)
             if not read_only:
                 self._open_for_writing(resources)
-            else:
-                try:
-                    os.stat(self._path)  # SQLite says no more than that it cannot open it
-                except FileNotFoundError:
-                    raise StartupError(f"there is no {self._path}, so nothing to serve read-only") from None
+            elif not os.path.exists(self._path):  # SQLite says no more than that it cannot open it
+                raise StartupError(f"there is no {self._path}, so nothing to serve read-only")
             self._database = Database(self._path, read_only=read_only)
             resources.push(lambda *_: self._database.close())
-            self._check_format(*self.query("PRAGMA user_version")[0])
+            ((version,),) = self.query("PRAGMA user_version")
+            if version != FORMAT_VERSION:
+                newer = version > FORMAT_VERSION
+                advice = "run the newer one that made it" if newer else "start without --read-only once"
+                raise StartupError(f"{self._path} has format {version}, not {FORMAT_VERSION}: {advice}")
             self._resources = resources.pop_all()
 
     def _open_for_writing(self, resources: contextlib.ExitStack) -> None:
         self.files.make_directories()
-        self.files.release_reserve()
+        self.files.keep_reserve()
         self._writer = connect(self._path, "rwc")
         resources.callback(self._writer.close)
         with locked_directory(self.files.root):  # nobody waits for a database that is being made
@@ -1154,7 +1055,6 @@ class Store:
         if self.files.durable:
             self._log = os.open(f"{self._path}-wal", os.O_RDWR)
             resources.callback(os.close, self._log)
-        self.files.keep_reserve()
 
     def _make_database(self) -> None:
         """Make the tables, or bring those of format 1 up to date, in one transaction (schema.sql)."""
@@ -1168,28 +1068,12 @@ class Store:
         self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
-        if version:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self.files.root}/generation")  # which format 1 told commits by
-
-    def _check_format(self, version: int) -> None:
-        if version > FORMAT_VERSION:
-            raise StartupError(
-                f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
-                "run the newer registry.py that made it"
-            )
-        if not version:
-            raise StartupError(f"{self._path} is empty, and so there is nothing to serve read-only")
-        if version < FORMAT_VERSION:
-            raise StartupError(f"{self._path} has format {version}: start without --read-only once")
+        remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
 
     def close(self) -> None:
-        """Close the database. No other method may be called again.
-
-        Does nothing while one is still running that waits for the write lock or has it, such as for a
-        request that did not end in time: SQLite does not survive what it works with being closed.
-        """
+        """Close the database. No other method may be called again."""
         self.flush_pulls()
+        # A request that did not end in time may have the lock: SQLite does not survive being closed then.
         if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
             self._resources.close()
             self._write_lock.release()
@@ -1198,20 +1082,19 @@ class Store:
 
     def query(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query."""
-        database = self._database
-        try:
-            rows = database.query(sql, parameters)
-        except sqlite3.DatabaseError:
-            if not database.is_outdated():
-                raise
-        else:
-            if not database.is_outdated():
-                return rows
-        with self._write_lock:
-            if self._database is database:
-                self._database = Database(self._path, read_only=True)
-                database.close()
-        return self.query(sql, *parameters)
+        while True:
+            database = self._database
+            try:
+                rows = database.query(sql, parameters)
+                if not database.is_outdated():
+                    return rows
+            except sqlite3.DatabaseError:
+                if not database.is_outdated():
+                    raise
+            with self._write_lock:
+                if self._database is database:
+                    self._database = Database(self._path, read_only=True)
+                    database.close()
 
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
@@ -1224,7 +1107,7 @@ class Store:
         rows = self.query(sql, *parameters)
         if rows and generation is not None:
             size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
-            if size <= LOOKUP_SIZE:
+            if size <= 32 * KIB:
                 self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
@@ -1241,7 +1124,6 @@ class Store:
         """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
         durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
-        Raises sqlite3.OperationalError, for which is_busy holds, when it waits for the lock for too long.
         """
         if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
             with contextlib.closing(self._database.connect()) as db:
@@ -1249,7 +1131,7 @@ class Store:
             return
         deadline = time.monotonic() + timeout
         if frees:
-            self.files.release_reserve()
+            self.files.keep_reserve()
         if not self._write_lock.acquire(timeout=timeout):
             raise sqlite3.OperationalError("database is locked")
         try:
@@ -1274,11 +1156,10 @@ class Store:
         """Wait until a commit of this store, or else all that anybody has committed by now, is on the disk.
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
-        the disk takes its time, and one sync serves all who committed before it began, the more the slower
-        the disk is. What a commit builds on lies before it in the log. Should the log be begun anew before
-        the sync, by whatever process, then SQLite has synced it, and the database with all it said, before
-        (wal.html, 3); it syncs the log's new head, and a new log's name, too. While this store has the
-        database open, nobody removes the log, so the descriptor is always that of the right file.
+        the disk takes its time, and one sync serves all who committed before it began. What a commit builds
+        on lies before it in the log. Before the log is begun anew, by whatever process, SQLite syncs it, and
+        the database with all it said (wal.html, 3). While this store has the database open, nobody removes
+        the log, so the descriptor is always that of the right file.
 
         A sync that failed is not tried again: the system may have dropped what it could not write, and would
         report success. Nothing is acknowledged then until a restart, which reads the log up to what is bad.
@@ -1299,11 +1180,10 @@ class Store:
 
     @contextlib.contextmanager
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
-        """A transaction for the rows of a content that is on disk under its digest by then.
+        """A transaction for the rows of a content that is put on disk before, so that nobody waits for that.
 
-        It is put there before, so that others need not wait for that. Should it have been collected until
-        the transaction begins, the bytes, which are still open, are put there again. If the transaction
-        fails, the file goes unless it has a row: others who are about to give it one look first.
+        Should it have been collected until the transaction begins, the bytes, which are still open, are put
+        there again. If the transaction fails, the file goes unless it has a row.
         """
         self.files.place(upload, digest)
         try:
@@ -1313,8 +1193,9 @@ class Store:
                         if os.path.lexists(self.files.path(digest)):
                             yield db
                             return
-                    copy = copies.enter_context(self.new_upload(algorithm_of(digest)))
-                    upload.copy_to(copy)
+                    copy = copies.enter_context(self.files.new_upload(algorithm_of(digest)))
+                    upload.seek(0)
+                    copy.append(upload.readinto, upload.size)
                     self.files.place(copy, digest)
         except BaseException:
             suppress, timeout = contextlib.suppress(OSError, sqlite3.Error), OPTIONAL_WRITE_TIMEOUT
@@ -1323,15 +1204,19 @@ class Store:
                     self.files.remove(digest)
             raise
 
-    def _require_repository(self, name: str) -> int:
-        """A repository's id. Raises NAME_UNKNOWN."""
-        rows = self.query_cached("SELECT id FROM repositories WHERE name = ?", name)
-        if not rows:
-            raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
-        return int(rows[0][0])
+    def _change_if_possible(self, sql: str, rows: list[tuple[Any, ...]]) -> int | None:
+        """Run a statement for each row; how many changed, None if the disk is full or the database busy."""
+        try:
+            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
+                return db.executemany(sql, rows).rowcount
+        except (OSError, sqlite3.OperationalError) as error:
+            if not is_out_of_space(error) and not is_busy(error):
+                raise
+            return None
 
-    @staticmethod
-    def _link(db: sqlite3.Connection, name: str, digest: str, size: int) -> int:
+    RENEW_LEASE = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
+
+    def _link(self, db: sqlite3.Connection, name: str, digest: str, size: int) -> int:
         """Record a content that is on disk, and that a repository serves it. Returns the repository's id."""
         db.execute("INSERT INTO repositories (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
         db.execute(
@@ -1344,30 +1229,18 @@ class Store:
             "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, leased_at) VALUES (?, ?, 0)",
             (repository, digest),
         )
-        Store._renew_lease(db, repository, digest)
+        db.execute(self.RENEW_LEASE, (int(time.time()), repository, digest))
         return int(repository)
-
-    @staticmethod
-    def _renew_lease(db: sqlite3.Connection, repository: int, digest: str) -> bool:
-        """Note that a client now knows that a content is here; whether it is."""
-        sql = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
-        return db.execute(sql, (int(time.time()), repository, digest)).rowcount > 0
 
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here.
 
-        On a full disk, or while the database is busy, that cannot be recorded. The answer stands all the
-        same: it serves pulls, and a push that follows is likely to fail as well.
+        Where that cannot be recorded, the answer stands: it serves pulls, and a push would fail as well.
         """
-        if self.read_only or time.time() - leased_at < LEASE_SLACK:
+        now = time.time()
+        if self.read_only or now - leased_at < LEASE_SLACK:
             return True
-        try:
-            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
-                return self._renew_lease(db, repository, digest)
-        except (OSError, sqlite3.OperationalError) as error:
-            if is_out_of_space(error) or is_busy(error):
-                return True
-            raise
+        return self._change_if_possible(self.RENEW_LEASE, [(int(now), repository, digest)]) != 0
 
     # --- Contents
 
@@ -1386,31 +1259,24 @@ class Store:
         self._cache.put(descriptor.digest, content, size=len(content) + CACHE_ENTRY_SIZE)
         return content
 
-    def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
-        """A blob that the repository is linked to. Raises BLOB_UNKNOWN.
+    BLOB = (
+        "SELECT size, repository_id, leased_at, needed_by FROM contents WHERE repository = ? AND digest = ?"
+    )
 
-        lease: garbage collection shall leave it alone for the grace period.
-        """
-        rows = self.query_cached(
-            "SELECT size, repository_id, leased_at FROM contents WHERE repository = ? AND digest = ?",
-            name,
-            digest,
-        )
-        if not rows or (lease and not self._lease(rows[0][1], digest, rows[0][2])):
-            raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-        return Descriptor(OCTET_STREAM, digest, rows[0][0])
+    def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
+        """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
+        for size, repository, leased_at, _ in self.query_cached(self.BLOB, name, digest):
+            if not lease or self._lease(repository, digest, leased_at):
+                return Descriptor(OCTET_STREAM, digest, size)
+        raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
 
     def delete_blob(self, name: str, digest: str) -> None:
-        """Unlink a blob from a repository; its file goes with its last link.
-
-        Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
-        """
+        """Unlink a blob; its file goes with its last link. Raises BLOB_UNKNOWN, STILL_NEEDED."""
         with self.transaction(frees=True) as db:
-            sql = "SELECT repository_id, needed_by FROM contents WHERE repository = ? AND digest = ?"
-            rows = db.execute(sql, (name, digest)).fetchall()
-            if not rows:
+            row = db.execute(self.BLOB, (name, digest)).fetchone()
+            if row is None:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-            ((repository, needed_by),) = rows
+            _, repository, _, needed_by = row
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
@@ -1419,16 +1285,12 @@ class Store:
     @staticmethod
     def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
         """Drop a link and all that hangs on it; a blob's row goes with its last link (schema.sql)."""
-        db.execute(
-            "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?", (repository, digest)
-        )
+        sql = "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?"
+        db.execute(sql, (repository, digest))
 
     def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
-        """Within a transaction: forget a content in every repository, so that clients push it again.
-
-        What a manifest among them needed is left alone for the grace period, to be found by that push.
-        """
-        db.execute(
+        """Within a transaction: forget a content in every repository, so that clients push it again."""
+        db.execute(  # what a manifest needed is left alone for the grace period, to be found by that push
             "UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN"
             " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
             (int(time.time()), digest),
@@ -1446,7 +1308,7 @@ class Store:
     def remove_files(self, digests: Iterable[str]) -> None:
         """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
 
-        One that cannot be removed stays among the pending deletes, and is tried again by remove_pending.
+        One that cannot be removed stays among the pending deletes, for remove_pending to try again.
         """
         sql = "SELECT 1 FROM pending_deletes WHERE digest = ?"
         with self.transaction(durable=False, frees=True) as db:
@@ -1459,65 +1321,42 @@ class Store:
                     self.files.remove(digest)
                 except OSError as error:
                     if digest not in self._unremovable:
-                        self._unremovable.add(digest)
-                        report = f"cannot remove {self.files.path(digest)}, will try again: {error.strerror}"
-                        write_log(f"registry.py: {report}")
-                    continue
-                self._unremovable.discard(digest)
-                db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
+                        path = self.files.path(digest)
+                        write_log(f"registry.py: cannot remove {path}, will try again: {error.strerror}")
+                    self._unremovable.add(digest)
+                else:
+                    self._unremovable.discard(digest)
+                    db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
 
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
-        try:
-            blob = self.blob(source, digest)
-        except RegistryError:
-            return False
-        file = self.files.open(digest, blob.size)
+        rows = self.query_cached(self.BLOB, source, digest)
+        file = self.files.open(digest, rows[0][0]) if rows else None
         if file is None:
             return False
         file.close()
         with self.transaction() as db:
-            sql = "SELECT 1 FROM contents WHERE repository = ? AND digest = ?"
-            if not db.execute(sql, (source, digest)).fetchall():
-                return False
-            self._link(db, name, digest, blob.size)
-        return True
+            row = db.execute(self.BLOB, (source, digest)).fetchone()
+            if row is not None:
+                self._link(db, name, digest, row[0])
+        return row is not None
 
     def repositories_with(self, digest: str, limit: int) -> list[str]:
         """The names of up to so many repositories that are linked to a blob, in no order."""
-        rows = self.query(
-            "SELECT r.name FROM repository_blobs l JOIN repositories r ON r.id = l.repository_id"
-            " WHERE l.digest = ? LIMIT ?",
-            digest,
-            limit,
-        )
-        return [name for (name,) in rows]
+        sql = "SELECT repository FROM contents WHERE digest = ? LIMIT ?"
+        return [name for (name,) in self.query(sql, digest, limit)]
 
     # --- Uploads
-
-    @contextlib.contextmanager
-    def new_upload(self, algorithm: str) -> Iterator[UploadFile]:
-        """A file to receive one content at once; gone afterwards unless it was made a blob."""
-        upload = self.files.new_upload(algorithm)
-        try:
-            yield upload
-        finally:
-            upload.unlink()
-            upload.close()
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
         self.files.check_space(0, 0)
-        upload = self.files.new_upload(algorithm, name)
-        upload.close()
-        return upload.id
+        with self.files.new_upload(algorithm, name) as upload:
+            return upload.id
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to; one that there is no room for is dropped.
-
-        Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY.
-        """
+        """An upload session to write to, dropped on a full disk. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
             upload = self.files.open_upload(session)
@@ -1539,7 +1378,13 @@ class Store:
 
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""
-        return self.files.session_size(name, session)
+        match = UPLOAD.fullmatch(session)
+        if match and match[2] == hashed_name(name):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(f"{self.files.root}/uploads/{session}")
+                if stat.S_ISREG(status.st_mode):
+                    return status.st_size
+        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
 
     def cancel_session(self, name: str, session: str) -> None:
         """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
@@ -1547,10 +1392,7 @@ class Store:
             upload.unlink()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
-        """Make an upload the repository's blob of this digest, durably.
-
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
-        """
+        """Make an upload the repository's blob of this digest, durably. Raises what Files.place does."""
         with self._placed(upload, digest) as db:
             repository = self._link(db, name, digest, upload.size)
             now, began = int(time.time()), began_at(upload.id)
@@ -1561,38 +1403,33 @@ class Store:
                     (now, began - PUSH_PAUSE, repository),
                 )
 
-    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
-        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request.
+    def expire_uploads(self, lifetime: float = DAY) -> None:
+        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
 
-        An upload that is being written to is left alone.
-        """
-        uploads = self.files.uploads()
-        for session in self._hashes.keys() - {entry.name for entry in uploads}:
+        def is_left_behind(name: str, status: os.stat_result) -> bool:
+            return "-" not in name or abs(time.time() - status.st_mtime) > lifetime  # by a wrong clock, maybe
+
+        uploads = dict(self.files.uploads())
+        for session in self._hashes.keys() - uploads.keys():
             self._hashes.pop(session, None)  # another process has finished it
-        for entry in uploads:
+        for name, status in uploads.items():
             try:
-                if self._is_left_behind(entry.name, entry.stat(follow_symlinks=False), lifetime):
-                    with contextlib.closing(self.files.open_upload(entry.name, patience=0.0)) as upload:
-                        if self._is_left_behind(entry.name, upload.status(), lifetime):
+                if is_left_behind(name, status):
+                    with self.files.open_upload(name, patience=0.0) as upload:
+                        if is_left_behind(name, os.fstat(upload.fileno())):
                             upload.unlink()
             except (RegistryError, FileNotFoundError):
                 pass  # it is being written to, or was finished just now
             except OSError as error:
                 write_log(f"registry.py: cannot remove an upload: {error}")
 
-    @staticmethod
-    def _is_left_behind(session: str, status: os.stat_result, lifetime: float) -> bool:
-        """Whether nobody comes back to an upload that is not locked. Its time may be a wrong clock's."""
-        return "-" not in session or abs(time.time() - status.st_mtime) > lifetime
-
     def pushes_since(self, since: float) -> dict[str, int]:
         """When the oldest upload written to since then began, by the hashed name of its repository."""
         began: dict[str, int] = {}
-        for entry in self.files.uploads():
-            with contextlib.suppress(FileNotFoundError):
-                if "-" in entry.name and entry.stat(follow_symlinks=False).st_mtime >= since:
-                    owner = entry.name.rpartition("-")[2]
-                    began[owner] = min(began_at(entry.name), began.get(owner, sys.maxsize))
+        for name, status in self.files.uploads():
+            if "-" in name and status.st_mtime >= since:
+                owner = name.rpartition("-")[2]
+                began[owner] = min(began_at(name), began.get(owner, sys.maxsize))
         return began
 
     # --- Manifests
@@ -1605,18 +1442,19 @@ class Store:
     )
 
     def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
-        """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN.
+        """A manifest by tag or digest; lease as for a blob. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
+        for row in self.query_cached(self.MANIFEST, name, reference, reference):
+            media_type, digest, size, repository, leased_at, _ = row
+            if not lease or self._lease(repository, digest, leased_at):
+                return Descriptor(media_type, digest, size)
+        self._require_repository(name)
+        raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
 
-        lease: garbage collection shall leave it alone for the grace period.
-        """
-        rows = self.query_cached(self.MANIFEST, name, reference, reference)
-        if not rows:
-            self._require_repository(name)
-            raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        ((media_type, digest, size, repository, leased_at, _),) = rows
-        if lease and not self._lease(repository, digest, leased_at):
-            raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        return Descriptor(media_type, digest, size)
+    def _require_repository(self, name: str) -> int:
+        """A repository's id. Raises NAME_UNKNOWN."""
+        for (repository,) in self.query_cached("SELECT id FROM repositories WHERE name = ?", name):
+            return int(repository)
+        raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
 
     def note_pull(self, name: str, digest: str) -> None:
         """Remember, until flush_pulls, that a manifest was pulled now."""
@@ -1626,19 +1464,12 @@ class Store:
     def flush_pulls(self) -> None:
         """Record what was pulled since the last time. On a full disk, or a busy database, that waits."""
         pulled, self._pulled = self._pulled, {}
-        if not pulled:
-            return
+        sql = (
+            "UPDATE manifests SET pulled_at = ?"
+            " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?"
+        )
         rows = [(moment, name, digest) for (name, digest), moment in pulled.items()]
-        try:
-            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
-                db.executemany(
-                    "UPDATE manifests SET pulled_at = ?"
-                    " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?",
-                    rows,
-                )
-        except (OSError, sqlite3.OperationalError) as error:
-            if not is_out_of_space(error) and not is_busy(error):
-                raise
+        if rows and self._change_if_possible(sql, rows) is None:
             self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
@@ -1657,40 +1488,36 @@ class Store:
         Raises DIGEST_INVALID, and MANIFEST_BLOB_UNKNOWN with each digest that is required and absent.
         """
         digest = reference if is_digest(reference) else digest_of(content)
-        descriptor = manifest.descriptor(digest, len(content)) if manifest.subject else None
-        with self.new_upload(algorithm_of(digest)) as upload:
+        with self.files.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             with self._placed(upload, digest) as db:
-                before = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
-                repository = self._link(db, name, digest, len(content))
-                self._record_manifest(db, repository, digest, manifest, descriptor)
+                before = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
+                repository, now = self._link(db, name, digest, len(content)), int(time.time())
+                db.execute(  # pushed again, one whose body names no media type may bring another
+                    "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
+                    " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
+                    " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
+                    (
+                        repository,
+                        digest,
+                        manifest.media_type,
+                        manifest.artifact_type,
+                        manifest.subject,
+                        now,
+                        now,
+                    ),
+                )
+                if manifest.subject:
+                    described = manifest.descriptor(digest, len(content))
+                    db.execute("REPLACE INTO referrers VALUES (?, ?, ?)", (repository, digest, described))
                 self._record_references(db, repository, digest, manifest)
                 db.executemany(
                     "INSERT INTO tags VALUES (?, ?, ?)"
                     " ON CONFLICT (repository_id, name) DO UPDATE SET digest = excluded.digest",
                     [(repository, tag, digest) for tag in (reference, *tags) if tag != digest],
                 )
-                check(before[0][1] if before else None)
+                check(before and before[1])
         return digest
-
-    @staticmethod
-    def _record_manifest(
-        db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest, descriptor: bytes | None
-    ) -> None:
-        """Pushed again, a manifest whose body names no media type may bring another one."""
-        now = int(time.time())
-        db.execute(
-            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
-            " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
-            (repository, digest, manifest.media_type, manifest.artifact_type, manifest.subject, now, now),
-        )
-        if descriptor:
-            db.execute(
-                "INSERT INTO referrers VALUES (?, ?, ?)"
-                " ON CONFLICT (repository_id, digest) DO UPDATE SET descriptor = excluded.descriptor",
-                (repository, digest, descriptor),
-            )
 
     def _record_references(
         self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
@@ -1700,19 +1527,17 @@ class Store:
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
         needs[digest] = True
         rows = sorted(needs.items())
-        for start in range(0, len(rows), REFERENCE_STEP):
-            some = rows[start : start + REFERENCE_STEP]
+        for start in range(0, len(rows), 400):  # SQLite before 3.32 takes 999 parameters
+            some = rows[start : start + 400]
             values = ", ".join(["(?, ?)"] * len(some))
             db.execute(
                 "INSERT INTO manifest_references SELECT ?, ?, column1, column2"
                 f" FROM (VALUES {values}) WHERE 1 ON CONFLICT (repository_id, manifest, child)"
                 " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
-                (repository, digest, *(value for row in some for value in row)),
+                (repository, digest, *itertools.chain.from_iterable(some)),
             )
         missing = db.execute(
-            "SELECT child FROM manifest_references c WHERE repository_id = ? AND manifest = ? AND required"
-            " AND NOT EXISTS (SELECT 1 FROM repository_blobs l"
-            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child) LIMIT ?",
+            "SELECT child FROM missing_children WHERE repository_id = ? AND manifest = ? LIMIT ?",
             (repository, digest, DETAIL_LIMIT),
         ).fetchall()
         if missing and not self.sparse:
@@ -1721,17 +1546,16 @@ class Store:
     def delete_manifest(
         self, name: str, reference: str, check: Callable[[str], object] = lambda digest: None
     ) -> None:
-        """Remove a tag and nothing else, or by its digest a manifest and its tags.
+        """Remove a tag and nothing else, or by its digest a manifest and its tags; check as for put_manifest.
 
-        check is called with the digest of what is there, and raises what forbids it.
         Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED.
         """
         self._require_repository(name)
         with self.transaction(frees=True) as db:
-            rows = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
-            if not rows:
+            row = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
+            if row is None:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-            ((_, digest, _, repository, _, needed_by),) = rows
+            _, digest, _, repository, _, needed_by = row
             if reference == digest and needed_by > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             check(digest)
@@ -1764,8 +1588,8 @@ class Store:
         """
         about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
         rows = self.query_cached(
-            f"SELECT repository_id, digest, length(d.descriptor),"
-            f" CASE WHEN length(d.descriptor) <= {4 * KIB} THEN d.descriptor END"
+            "SELECT repository_id, digest, length(d.descriptor),"
+            " CASE WHEN length(d.descriptor) <= 4096 THEN d.descriptor END"
             " FROM manifests m JOIN referrers d USING (repository_id, digest)"
             " WHERE m.repository_id = (SELECT id FROM repositories WHERE name = ?) AND m.subject = ?"
             f" AND m.digest > ?{' AND m.artifact_type = ?' if artifact_type else ''}"
@@ -3363,7 +3187,7 @@ def mount_blob(request: Request, name: str, digest: str) -> bool:
 
 def upload_whole(request: Request, name: str, digest: str) -> Reply:
     """Take a blob from the body of the one POST that announces it."""
-    with request.store.new_upload(algorithm_of(digest)) as upload:
+    with request.store.files.new_upload(algorithm_of(digest)) as upload:
         receive(request, upload)
         request.store.finish_upload(name, upload, digest)
     return Reply(201, blob_location(name, digest))
@@ -4148,7 +3972,7 @@ class Registry:
         collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stop.is_set)
         collector.run(walk=walk)
         if not stop.is_set():
-            self.store.files.note_collection()
+            self.store.files.collected_at(now=True)
         if self.log and collector.summary():
             self.log(f"gc removed {collector.summary()}")
 

@@ -271,6 +271,16 @@ class StartupError(Exception):
     """Why the registry cannot run here, in one line that says what to do about it."""
 
 
+@contextlib.contextmanager
+def explain_failure(failure: str, advice: str = "") -> Iterator[None]:
+    """Have what goes wrong come out as a StartupError: what failed, why, and what to do about it."""
+    try:
+        yield
+    except (OSError, OverflowError, ValueError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{failure}: {reason}{advice and '; '}{advice}") from error
+
+
 class ClientGone(Exception):
     """The client hung up or stalled in the middle of a request or reply."""
 
@@ -2138,16 +2148,6 @@ def _tokens(sql: str) -> list[str]:
 # === Access ===========================================================================================
 
 
-@contextlib.contextmanager
-def explain_failure(failure: str, advice: str = "") -> Iterator[None]:
-    """Have what goes wrong come out as a StartupError: what failed, why, and what to do about it."""
-    try:
-        yield
-    except (OSError, OverflowError, ValueError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartupError(f"{failure}: {reason}{advice and '; '}{advice}") from error
-
-
 class WatchedFiles:
     """What some files hold, loaded again when they change; if that fails, the old goes on to hold."""
 
@@ -2307,10 +2307,9 @@ class LoginQueue:
     """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
 
     So whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all
-    that failed lately; and those who guess are slowed down, also at once, since failures make turns longer.
-    Of an address, the attempt goes first for whose name fewest wait, and of these the newest: so whoever
-    shares it with those who guess comes before them. When too many wait in all, the address that has most
-    of them loses the one that would go last (429).
+    that failed lately; and since failures make turns longer, guesses are slowed down, also those made at once.
+    Of an address, the attempt goes first for whose name fewest wait, and of these the newest: before those
+    of somebody who guesses. If too many wait in all, the address with most of them loses the last (429).
     """
 
     def __init__(self, limit: int) -> None:
@@ -3828,10 +3827,7 @@ _inherited: set[str] = set()  # data directories that were open in another when 
 
 @dataclasses.dataclass(eq=False)
 class Registry:
-    """A registry in this process.
-
-        with Registry() as registry:
-            push_to(registry.url)
+    """A registry in this process, for as long as a `with` block lasts, or from start to close.
 
     Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
     It belongs to the process that started it. One that is forked from it can end, or have its own.
@@ -3861,12 +3857,6 @@ class Registry:
         self._spare_key = secrets.token_bytes(32)  # signs tokens where none can be kept; the workers' as well
         self._resources = contextlib.ExitStack()
 
-    def __enter__(self) -> Registry:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def start(self) -> Registry:
         """Begin to serve in the background, for the first time or after close. Raises StartupError."""
         self.open()
@@ -3874,6 +3864,11 @@ class Registry:
         thread.start()
         self._resources.callback(thread.join)
         return self
+
+    __enter__ = start
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def bind(self) -> socket.socket:
         """A socket that listens where this registry is to. Raises StartupError."""
@@ -3917,7 +3912,9 @@ class Registry:
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
         if not self.users and (self.grants or self.anonymous_pull):
-            raise StartupError("without users everybody may push as well; give --users, or let everybody in")
+            raise StartupError(
+                "grants and anonymous pulls are for where there are users; give --users as well"
+            )
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
@@ -3954,7 +3951,8 @@ class Registry:
             intervals[collect], due[collect] = self.gc_interval, time.monotonic() + self.gc_interval - passed
 
         def run() -> None:
-            while not stop.wait(due[job := min(due, key=due.__getitem__)] - time.monotonic()):
+            while not stop.wait(min(due.values()) - time.monotonic()):
+                job = min(due, key=due.__getitem__)
                 try:
                     job()
                 except Exception:  # the disk may be full; it need not stay so

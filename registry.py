@@ -119,7 +119,6 @@ KIB, MIB = 1 << 10, 1 << 20
 REQUEST_LINE_LIMIT = 8 * KIB
 HEAD_LIMIT = 64 * KIB
 HEADER_COUNT_LIMIT = 100
-CHUNK_LINE_LIMIT = 1 * KIB
 MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
@@ -181,7 +180,6 @@ PUSH_PAUSE = 60  # seconds that may pass in a push between one layer and the nex
 CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
 REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
-MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
 FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
 
 ALGORITHMS = ("sha256", "sha512")
@@ -2784,7 +2782,6 @@ def watch_certificate(certificate: str, key: str | None = None) -> WatchedFiles[
 TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
 HEADER = rf"{TOKEN}:[^\r\n\0]*"
 HEAD = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{HEADER})*)")
-TRAILER = re.compile(HEADER.encode())
 
 
 class FileRange(NamedTuple):
@@ -2808,7 +2805,7 @@ class SocketReader:
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
-        self._pending = bytearray()  # received and not yet consumed
+        self._pending = memoryview(b"")  # received and not yet consumed
         self._set_timeout(STALL_TIMEOUT, socket.SO_SNDTIMEO)
         self._timeout = 0.0  # of receiving; with TLS, of sending as well
         with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
@@ -2854,39 +2851,33 @@ class SocketReader:
 
         What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
         """
-        head = LEADING_LINES.sub(b"", self._pending, count=1)
-        self._pending.clear()
-        self.deadline = 0.0
-        while b"\r\n\r\n" not in head:
+        head, self._pending, self.deadline = bytes(self._pending), memoryview(b""), 0.0
+        while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
             too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
             if too_long or head.count(b"\n") != head.count(b"\r\n"):
                 break  # it is refused, whatever may follow
             if head and not self.deadline:
                 self.deadline = time.monotonic() + HEADER_TIMEOUT
             head += self._within(IDLE_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
-            head = LEADING_LINES.sub(b"", head, count=1)
-        self.deadline = 0.0
         head, _, rest = head.partition(b"\r\n\r\n")
-        self._pending += rest
+        self._pending, self.deadline = memoryview(rest), 0.0
         return head
 
-    def read_line(self) -> bytes:
+    def read_line(self, limit: int = 1 * KIB) -> bytes:
         """The next line of a chunked body that is not content, without its CRLF. Raises BAD_REQUEST."""
-        while (end := self._pending.find(b"\n")) < 0 and len(self._pending) <= CHUNK_LINE_LIMIT:
-            self._pending += self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
-        line = bytes(self._pending[: end + 1])
-        if not line.endswith(b"\r\n") or len(line) > CHUNK_LINE_LIMIT:
+        while (end := (head := bytes(self._pending[:limit])).find(b"\n")) < 0 and len(head) < limit:
+            self._pending = memoryview(head + self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE))
+        if end < 1 or head[end - 1 : end] != b"\r":
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
-        del self._pending[: end + 1]
-        return line[:-2]
+        self._pending = self._pending[end + 1 :]
+        return head[: end - 1]
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer with what comes next, at least one byte."""
         if not self._pending:
             return int(self._within(STALL_TIMEOUT, self.socket.recv_into, view))
         count = min(len(self._pending), len(view))
-        view[:count] = self._pending[:count]
-        del self._pending[:count]
+        view[:count], self._pending = self._pending[:count], self._pending[count:]
         return count
 
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
@@ -2984,7 +2975,7 @@ class Body:
         self._remaining = int(size[1], 16)
         if not self._remaining:
             for count, line in enumerate(iter(self._reader.read_line, b"")):
-                if count == HEADER_COUNT_LIMIT or not TRAILER.fullmatch(line):
+                if count == HEADER_COUNT_LIMIT or not re.fullmatch(HEADER.encode(), line):
                     raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
             self._chunked = False  # only now: after a bad trailer, no request can follow
 
@@ -3153,7 +3144,7 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     match = text and re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
-    first, last = (digits[:18] for digits in match.groups())  # no content has so many bytes
+    first, last = (digits[:18] for digits in match.groups())  # which no content's size has
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
@@ -3163,10 +3154,9 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
 
 
 def check_preconditions(request: Request, digest: str | None) -> bool:
-    """Whether the client says that it has already what the path names (RFC 9110, 13); None: nothing is there.
+    """Whether the client has what the path names, which is this or nothing, already (RFC 9110, 13).
 
-    Raises PRECONDITION_FAILED if If-Match does not hold, or If-None-Match for a request that would change
-    something; a tag that a push by digest is to set does not count.
+    Raises PRECONDITION_FAILED if If-Match does not hold, or If-None-Match for what would change something.
     """
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
     tag = f'"{digest}"'
@@ -3245,25 +3235,21 @@ def upload_start(request: Request, name: str) -> Reply:
 
 
 def mount_blob(request: Request, name: str, digest: str) -> bool:
-    """Mount a blob from the repository that the query names, or from any that the caller may pull.
-
-    A token need not say that a source may be pulled which the query names, if its user may: some clients ask
-    for one that is good for the target only.
-    """
-    caller, sources = request.caller, request.parameters.get("from", [])[:1]
-    if sources:
-        caller = Caller(caller.user)
+    """Mount a blob from the repository that the query names, or any of 1,000 that the caller may pull."""
+    access, caller, source = request.context.access, request.caller, request.parameter("from")
+    if source is not None:
+        sources, caller = [source], Caller(caller.user)  # some clients' tokens are good for the target only
+    else:
+        sources = request.store.repositories_with(digest, 1_000)
     return any(
-        request.context.access.allows(caller, Scope("repository", source, "pull"))
-        and request.store.mount(name, digest, source)
-        for source in sources or request.store.repositories_with(digest, MOUNT_LIMIT)
+        access.allows(caller, Scope("repository", each, "pull")) and request.store.mount(name, digest, each)
+        for each in sources
     )
 
 
 def receive(request: Request, upload: UploadFile) -> None:
     """Append the body, exactly where its Content-Range says. Raises UPLOAD_RANGE, SIZE_INVALID."""
-    start, length = upload.size, request.body.length
-    text = request.headers.get("content-range")
+    start, length, text = upload.size, request.body.length, request.headers.get("content-range")
     if text is not None:
         match = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", text)
         first, last = map(int, match.groups()) if match else (-1, -1)
@@ -3347,9 +3333,7 @@ def manifest_delete(request: Request, name: str, reference: str) -> Reply:
     return Reply(202)
 
 
-def listing_reply(
-    request: Request, fetch: Callable[[str, int], list[str]], member: str, **more: str
-) -> Reply:
+def listing_reply(request: Request, fetch: Callable[[str, int], list[str]], kind: str, **more: str) -> Reply:
     """One page of names, and a link to the next. fetch takes a name and how many are wanted after it."""
     text = request.parameter("n")
     if text is not None and not re.fullmatch("[0-9]+", text):
@@ -3357,7 +3341,7 @@ def listing_reply(
     size = PAGE_LIMIT if text is None else min(int(text[:18]), PAGE_LIMIT)
     names = fetch(request.parameter("last") or "", size + 1 if size else 0)
     links = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
-    return json_reply({**more, member: names[:size]}, *links)
+    return json_reply({**more, kind: names[:size]}, *links)
 
 
 def tag_list(request: Request, name: str) -> Reply:
@@ -3400,10 +3384,9 @@ def token_get(request: Request) -> Reply:
     access, (user, scopes) = request.context.access, request.caller
     if not access.enabled:  # where everybody may do everything there are no tokens
         raise RegistryError(ErrorCode.NOT_FOUND)
+    # For a token there is none: or it would never expire, nor its scope be a limit.
     if scopes is not None or not (user or access.admits_anonymous()):
-        raise RegistryError(
-            ErrorCode.UNAUTHORIZED
-        )  # for a token: or it never expired, nor was its scope a limit
+        raise RegistryError(ErrorCode.UNAUTHORIZED)
     if request.parameter("service") not in (None, "", access.service):
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     texts = " ".join(request.parameters.get("scope", [])).split()
@@ -3441,17 +3424,11 @@ ROUTES = (
     Route("GET", TOKEN_PATH, token_get, ""),
 )
 
-
-def _pattern(path: str) -> re.Pattern[str]:
-    """What matches a path. A name may hold slashes, and takes all that the rest leaves."""
-    pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", path).replace("<name>[^/]", "<name>.")
-    return re.compile(pattern + "?" * path.endswith("/"), re.DOTALL)
-
-
-_PATHS = {
-    _pattern(path): {route.method: route for route in routes}
-    for path, routes in itertools.groupby(ROUTES, lambda route: route.path)
-}
+_PATHS: dict[re.Pattern[str], dict[str, Route]] = {}
+for _route in ROUTES:  # a name may hold slashes, and takes all that the rest of the path leaves
+    _pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", _route.path).replace("<name>[^/]", "<name>.")
+    _pattern += "?" * _pattern.endswith("/")
+    _PATHS.setdefault(re.compile(_pattern, re.DOTALL), {})[_route.method] = _route
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3041,12 +3041,10 @@ class Request:
             raise RegistryError(ErrorCode.HTTP_VERSION, version)
         modern = version == "HTTP/1.1"
         self._parse_headers(lines.split("\r\n")[1:], host_required=modern)
-        self._look_behind_proxies()
+        if self.context.proxies:
+            self._look_behind_proxies()
         self._parse_target()
-        length, expectation = self._body_length(modern), self.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
-        self.body = Body(self._reader, length, expected=bool(expectation) and modern)
+        self._begin_body(modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
     def _parse_headers(self, lines: list[str], *, host_required: bool) -> None:
@@ -3080,16 +3078,20 @@ class Request:
             reason = f"the target is not UTF-8, or has more than {PARAMETER_LIMIT} parameters"
             raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
 
-    def _body_length(self, modern: bool) -> int | None:
-        """How many bytes the body has; None if it is chunked. Raises BAD_REQUEST if that is unclear."""
-        length, encoding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
-        if encoding is not None:
-            if length is not None or encoding.lower() != "chunked" or not modern:
-                raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
-            return None
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+    def _begin_body(self, modern: bool) -> None:
+        """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
+        headers, expectation = self.headers, self.headers.get("expect", "").lower()
+        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding")
+        if encoding is not None and (
+            "content-length" in headers or encoding.lower() != "chunked" or not modern
+        ):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
+        if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
-        return int(length or 0)
+        if expectation not in ("", "100-continue"):
+            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        size = int(length) if encoding is None else None
+        self.body = Body(self._reader, size, expected=bool(expectation) and modern)
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
@@ -3141,7 +3143,7 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
 
     Raises RANGE_NOT_SATISFIABLE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
     """
-    match = text and re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
+    match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
     first, last = (digits[:18] for digits in match.groups())  # which no content's size has
@@ -3190,8 +3192,9 @@ def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> 
     if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
-    if request.method == "GET" and request.headers.get("if-range", tag) == tag:
-        part = parse_range(request.headers.get("range", ""), content.size)
+    text = request.headers.get("range") if request.method == "GET" else None
+    if text is not None and request.headers.get("if-range", tag) == tag:
+        part = parse_range(text, content.size)
     start, length = part or (0, content.size)
     body = request.store.open_content(content)
     if body is None:

@@ -3081,17 +3081,16 @@ class Request:
     def _begin_body(self, modern: bool) -> None:
         """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
         headers, expectation = self.headers, self.headers.get("expect", "").lower()
-        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding")
-        if encoding is not None and (
-            "content-length" in headers or encoding.lower() != "chunked" or not modern
-        ):
+        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding", "").lower()
+        chunked = encoding == "chunked" and modern
+        if "transfer-encoding" in headers and (not chunked or "content-length" in headers):
             raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
         if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
         if expectation not in ("", "100-continue"):
             raise RegistryError(ErrorCode.EXPECTATION_FAILED)
-        size = int(length) if encoding is None else None
-        self.body = Body(self._reader, size, expected=bool(expectation) and modern)
+        size = None if chunked else int(length)
+        self.body = Body(self._reader, size, expected=modern and expectation != "")
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""

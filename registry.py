@@ -2805,7 +2805,7 @@ class SocketReader:
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
-        self._pending = memoryview(b"")  # received and not yet consumed
+        self._pending: bytes | memoryview = b""  # received and not yet consumed; a view, to be sliced often
         self._set_timeout(STALL_TIMEOUT, socket.SO_SNDTIMEO)
         self._timeout = 0.0  # of receiving; with TLS, of sending as well
         with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
@@ -2851,7 +2851,7 @@ class SocketReader:
 
         What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
         """
-        head, self._pending, self.deadline = bytes(self._pending), memoryview(b""), 0.0
+        head, self._pending, self.deadline = bytes(self._pending), b"", 0.0
         while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
             too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
             if too_long or head.count(b"\n") != head.count(b"\r\n"):
@@ -2860,7 +2860,7 @@ class SocketReader:
                 self.deadline = time.monotonic() + HEADER_TIMEOUT
             head += self._within(IDLE_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
         head, _, rest = head.partition(b"\r\n\r\n")
-        self._pending, self.deadline = memoryview(rest), 0.0
+        self._pending, self.deadline = rest, 0.0
         return head
 
     def read_line(self, limit: int = 1 * KIB) -> bytes:

@@ -2534,7 +2534,7 @@ class SocketReader:
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
-        self._pending = memoryview(b"")  # received and not yet consumed
+        self._pending: bytes | memoryview = b""  # received and not yet consumed; a view, to be sliced often
         self._set_timeout(STALL_TIMEOUT, socket.SO_SNDTIMEO)
         self._timeout = 0.0  # of receiving; with TLS, of sending as well
         with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
@@ -2580,7 +2580,7 @@ class SocketReader:
 
         What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
         """
-        head, self._pending, self.deadline = bytes(self._pending), memoryview(b""), 0.0
+        head, self._pending, self.deadline = bytes(self._pending), b"", 0.0
         while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
             too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
             if too_long or head.count(b"\n") != head.count(b"\r\n"):
@@ -2589,7 +2589,7 @@ class SocketReader:
                 self.deadline = time.monotonic() + HEADER_TIMEOUT
             head += self._within(IDLE_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
         head, _, rest = head.partition(b"\r\n\r\n")
-        self._pending, self.deadline = memoryview(rest), 0.0
+        self._pending, self.deadline = rest, 0.0
         return head
 
     def read_line(self, limit: int = 1 * KIB) -> bytes:
@@ -2810,17 +2810,16 @@ class Request:
     def _begin_body(self, modern: bool) -> None:
         """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
         headers, expectation = self.headers, self.headers.get("expect", "").lower()
-        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding")
-        if encoding is not None and (
-            "content-length" in headers or encoding.lower() != "chunked" or not modern
-        ):
+        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding", "").lower()
+        chunked = encoding == "chunked" and modern
+        if "transfer-encoding" in headers and (not chunked or "content-length" in headers):
             raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
         if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
         if expectation not in ("", "100-continue"):
             raise RegistryError(ErrorCode.EXPECTATION_FAILED)
-        size = int(length) if encoding is None else None
-        self.body = Body(self._reader, size, expected=bool(expectation) and modern)
+        size = None if chunked else int(length)
+        self.body = Body(self._reader, size, expected=modern and expectation != "")
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""

@@ -220,7 +220,7 @@ class ConnectionLimitTest(HTTPTestCase):
     def test_uploads_that_trickle_in_and_downloads_that_nobody_reads_make_room(self) -> None:
         digest = self.client.push_blob(os.urandom(8 * MEBIBYTE))
         path = self.client.path(f"blobs/{digest}")
-        patience = {"HEADER_TIMEOUT": 0.0, "EVICTION_TIMEOUT": TIMEOUT}
+        patience = {"HEADER_TIMEOUT": 0.0, "EVICTION_TIMEOUT": TIMEOUT, "SLOWEST_BODY": 10**18}
         for hold in (self.begin_upload, lambda: self.connect().request("GET", path)):
             with self.subTest(hold), mock.patch.multiple(registry, **patience):
                 held = [hold() for _ in range(self.LIMIT)]

@@ -82,7 +82,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -113,14 +113,13 @@ KIB, MIB = 1 << 10, 1 << 20
 REQUEST_LINE_LIMIT = 8 * KIB
 HEAD_LIMIT = 64 * KIB
 HEADER_COUNT_LIMIT = 100
-CHUNK_LINE_LIMIT = 1 * KIB
 MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
-PARAMETER_LIMIT = 1_000  # of a query or form
+PARAMETER_LIMIT = 1_000  # of a query
 DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters of each one's detail
 
 RECEIVE_SIZE = 64 * KIB
@@ -157,8 +156,6 @@ FAILURE_INTERVAL = 60.0  # seconds without one, after which they are forgotten
 FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, and at most
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_MEMORY = 64 * MIB
-FORM_LIMIT = 64 * KIB
-COUNT_LIMIT = 10**18
 RESERVE_SIZE = 4 * MIB
 HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload sessions
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
@@ -168,11 +165,12 @@ DROP_LIMIT = 1_000  # manifests that go with one that kept them
 PUSH_PAUSE = 60  # seconds that may pass in a push between one layer and the next
 CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
-MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
 FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
 
 ALGORITHMS = ("sha256", "sha512")
-NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+NAME = re.compile(
+    r"(?!.{256})[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+)
 NAME_LIMIT = 255
 AFTER_NAMES = "\x7f"  # no name begins with this or anything after it in byte order
 MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the slash
@@ -182,12 +180,9 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A file under uploads/. A session's id says when it began, what its bytes are hashed with and, hashed, whose
 # it is.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
-HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
-ENTITY_TAG = re.compile(r'(W/)?"([^"]*)"')
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
@@ -225,7 +220,6 @@ class ErrorCode(enum.Enum):
     PRECONDITION_FAILED = 412, "DENIED", "If-Match or If-None-Match does not hold; this is there now"
     MANIFEST_TOO_LARGE = 413, "SIZE_INVALID", f"manifest larger than {MANIFEST_LIMIT // MIB} MiB"
     BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
-    FORM_TOO_LARGE = 413, "SIZE_INVALID", "form too large"
     TOO_MANY_TAGS = 414, "UNSUPPORTED", f"more than {TAG_PARAMETER_LIMIT} tags in one request"
     URI_TOO_LONG = 414, "UNSUPPORTED", f"request line longer than {REQUEST_LINE_LIMIT // KIB} KiB"
     UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
@@ -2308,7 +2302,7 @@ class LoginQueue:
     """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
 
     So whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all
-    that failed lately; and guesses are slowed down, even if made at once, since failures make turns longer.
+    that failed lately; and since failures make turns longer, guesses are slowed, even those made at once.
     Of an address, the attempt goes first for whose name fewest wait, and of these the newest: before those
     of somebody who guesses. If too many wait in all, the address with most of them loses the last (429).
     """
@@ -2517,6 +2511,10 @@ def replace_file(path: str, content: bytes) -> None:
 
 # === Messages =========================================================================================
 
+TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
+HEADER = rf"{TOKEN}:[^\r\n\0]*"
+HEAD = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{HEADER})*)")
+
 
 class FileRange(NamedTuple):
     """Some bytes of an open file; whoever has sent the reply closes it."""
@@ -2524,13 +2522,6 @@ class FileRange(NamedTuple):
     file: BinaryIO
     start: int
     length: int
-
-
-def _is_hopeless(head: bytes) -> bool:
-    """Whether a head is refused whatever may follow, so that there is no use in waiting for its end."""
-    line = head.find(b"\r\n")
-    too_long = line > REQUEST_LINE_LIMIT or (line < 0 and len(head) > REQUEST_LINE_LIMIT)
-    return too_long or len(head) > HEAD_LIMIT or head.count(b"\n") != head.count(b"\r\n")
 
 
 class SocketReader:
@@ -2546,259 +2537,122 @@ class SocketReader:
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
-        self._pending = b""  # received, from _start on not yet consumed
-        self._start = 0
-        self._timeout: float | None = None
-        self._set_timeout("SND", STALL_TIMEOUT)
+        self._pending = memoryview(b"")  # received and not yet consumed
+        self._set_timeout(STALL_TIMEOUT, socket.SO_SNDTIMEO)
+        self._timeout = 0.0  # of receiving; with TLS, of sending as well
         with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _set_timeout(self, direction: str, seconds: float) -> None:
-        """Bound how long one receive ("RCV") or send ("SND") may wait.
-
-        In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
-        """
-        if os.name == "posix" and not self._tls:
+    def _set_timeout(self, seconds: float, option: int = socket.SO_RCVTIMEO) -> None:
+        """Bound each wait, in the kernel where that works: settimeout costs a poll for each call."""
+        self._timeout = seconds
+        if not self._tls:
             value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
             with contextlib.suppress(OSError):
-                self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
+                self.socket.setsockopt(socket.SOL_SOCKET, option, value)
                 return
         self.socket.settimeout(seconds)
 
-    def _wait_at_most(self, seconds: float) -> None:
-        """Bound the next receive, or what TLS does next, sparing the system call when it is bounded so."""
-        if seconds != self._timeout:
-            self._set_timeout("RCV", seconds)
-            self._timeout = seconds
-
-    def _receive_within(self, seconds: float) -> None:
-        """Bound the next receive, by the deadline as well."""
+    def _within(self, seconds: float, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """What a system call gives that waits so long at most, and not past the deadline."""
         if self.deadline:
             seconds = min(seconds, self.deadline - time.monotonic())
             if seconds <= 0:
                 raise ClientGone
-        self._wait_at_most(seconds)
-
-    def _receive(self, seconds: float) -> bytes:
-        self._receive_within(seconds)
+        if seconds != self._timeout:
+            self._set_timeout(seconds)
         try:
-            return self.socket.recv(RECEIVE_SIZE)
-        except OSError as error:
+            result = operation(*arguments)
+        except (OSError, ValueError) as error:
             raise ClientGone from error
+        if result is not None and not result:  # the client has hung up, or a file is shorter than it was
+            raise ClientGone
+        return result
 
     def begin_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands; everything from there on is encrypted."""
-        try:
-            self.socket.getpeername()  # raises if it was reset: wrap_socket would too, and leave it unclosed
-            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-            self._tls = True
-            self._wait_at_most(HEADER_TIMEOUT)
-            self.socket.do_handshake()
-        except (OSError, ValueError) as error:
-            raise ClientGone from error
+        # This raises if it was reset: wrap_socket would too, and leave it unclosed.
+        self._within(HEADER_TIMEOUT, self.socket.getpeername)
+        wrap = functools.partial(context.wrap_socket, server_side=True, do_handshake_on_connect=False)
+        self.socket = self._within(HEADER_TIMEOUT, wrap, self.socket)
+        self._tls, self._timeout = True, 0.0
+        self._within(HEADER_TIMEOUT, self.socket.do_handshake)  # type: ignore[attr-defined]
 
     def read_head(self) -> bytes:
-        """The next request's head, its last line unterminated; empty if the client is done with us.
+        """The next request's head, its last line unterminated.
 
-        What is too large or malformed already comes as far as it was read, for parse_head to refuse.
+        What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
         """
-        head = self._pending[self._start :]
-        self._pending, self._start = b"", 0
-        self.deadline = 0.0
-        while True:
-            head = LEADING_LINES.sub(b"", head, count=1)
-            end = head.find(b"\r\n\r\n")
-            if end >= 0:
-                break
-            if _is_hopeless(head):
-                return head
+        head, self._pending, self.deadline = bytes(self._pending), memoryview(b""), 0.0
+        while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
+            too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
+            if too_long or head.count(b"\n") != head.count(b"\r\n"):
+                break  # it is refused, whatever may follow
             if head and not self.deadline:
                 self.deadline = time.monotonic() + HEADER_TIMEOUT
-            more = self._receive(IDLE_TIMEOUT)
-            if not more:
-                return b""
-            head += more
-        self._pending, self._start, self.deadline = head, end + 4, 0.0
-        return head[:end]
+            head += self._within(IDLE_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
+        head, _, rest = head.partition(b"\r\n\r\n")
+        self._pending, self.deadline = memoryview(rest), 0.0
+        return head
 
-    def read_line(self, limit: int) -> bytes | None:
-        """The next line without its CRLF; None if it is longer than the limit or ends in a bare LF."""
-        while True:
-            end = self._pending.find(b"\n", self._start)
-            if end >= 0 or len(self._pending) - self._start > limit:
-                break
-            more = self._receive(STALL_TIMEOUT)
-            if not more:
-                raise ClientGone
-            self._pending, self._start = self._pending[self._start :] + more, 0
-        line = self._pending[self._start : end + 1]
-        if not line.endswith(b"\r\n") or len(line) > limit:
-            return None
-        self._start = end + 1
-        return line[:-2]
+    def read_line(self, limit: int = 1 * KIB) -> bytes:
+        """The next line of a chunked body that is not content, without its CRLF. Raises BAD_REQUEST."""
+        while (end := (head := bytes(self._pending[:limit])).find(b"\n")) < 0 and len(head) < limit:
+            self._pending = memoryview(head + self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE))
+        if end < 1 or head[end - 1 : end] != b"\r":
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
+        self._pending = self._pending[end + 1 :]
+        return head[: end - 1]
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer with what comes next, at least one byte."""
-        pending = len(self._pending) - self._start
-        if pending:
-            count = min(pending, len(view))
-            view[:count] = memoryview(self._pending)[self._start : self._start + count]
-            self._start += count
-            return count
-        self._receive_within(STALL_TIMEOUT)
-        try:
-            count = self.socket.recv_into(view)
-        except OSError as error:
-            raise ClientGone from error
-        if not count:
-            raise ClientGone
+        if not self._pending:
+            return int(self._within(STALL_TIMEOUT, self.socket.recv_into, view))
+        count = min(len(self._pending), len(view))
+        view[:count], self._pending = self._pending[:count], self._pending[count:]
         return count
 
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
         flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
-        if self._tls:
-            self._wait_at_most(STALL_TIMEOUT)
-        try:
-            for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
-                self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
-        except OSError as error:
-            raise ClientGone from error
+        timeout = STALL_TIMEOUT if self._tls else self._timeout  # or the one set above holds
+        for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
+            self._within(timeout, self.socket.sendall, data[start : start + BUFFER_SIZE], flags)
 
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
-        start, stop = part.start, part.start + part.length
+        file, start, stop = part.file.fileno(), part.start, part.start + part.length
         self.evictable_at = time.monotonic() + HEADER_TIMEOUT
-        if self._tls or not hasattr(os, "sendfile"):
-            self._copy_file(part)
-            return
-        try:
-            while start < stop:
-                size = min(stop - start, BUFFER_SIZE)  # it returns only once all of that is sent
-                sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, size)
-                if not sent:
-                    raise ClientGone("the file is shorter than it was")
-                start += sent
-                self.evictable_at += sent / SLOWEST_BODY
-        except OSError as error:
-            raise ClientGone from error
-
-    def _copy_file(self, part: FileRange) -> None:
-        part.file.seek(part.start)
-        left, buffer = part.length, memoryview(bytearray(min(COPY_SIZE, part.length)))
-        while left:
-            count = part.file.readinto(buffer[:left])  # type: ignore[attr-defined]
-            if not count:
-                raise ClientGone("the file is shorter than it was")
-            self.send(buffer[:count])
-            self.evictable_at += count / SLOWEST_BODY
-            left -= count
+        while start < stop:
+            if self._tls or not hasattr(os, "sendfile"):
+                piece = self._within(STALL_TIMEOUT, os.pread, file, min(stop - start, COPY_SIZE), start)
+                self.send(piece)
+                sent = len(piece)
+            else:  # which returns only once all of that is sent
+                size, target = min(stop - start, BUFFER_SIZE), self.socket.fileno()
+                sent = self._within(self._timeout, os.sendfile, target, file, start, size)
+            start += sent
+            self.evictable_at += sent / SLOWEST_BODY
 
     def stop_sending(self) -> None:
         """Tell the client that nothing more will come, without waiting for it to say the same."""
         with contextlib.suppress(OSError, ValueError):
             if self._tls:
-                self._wait_at_most(0)
+                self._set_timeout(0)
                 self.socket.unwrap()  # type: ignore[attr-defined]  # close_notify (RFC 8446, 6.1)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
     def linger(self) -> NoReturn:
-        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6).
-
-        Ends, as everything here, when the client is gone or the deadline comes.
-        """
+        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6)."""
         self.stop_sending()
-        buffer = memoryview(bytearray(RECEIVE_SIZE))
         while True:
-            self.readinto(buffer)
+            self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
 
     def close(self) -> None:
         """Hang up in good order."""
         self.stop_sending()
         self.socket.close()
-
-
-class RequestHead(NamedTuple):
-    """A request's head (RFC 9112), checked. Header names are in lower case, repeated ones comma-joined."""
-
-    method: str
-    target: str
-    version: str  # "HTTP/1.1" or "HTTP/1.0"
-    headers: dict[str, str]
-
-
-SINGLE_HEADERS = frozenset(("content-length", "transfer-encoding", "host", "content-range", "authorization"))
-
-
-def parse_head(data: bytes) -> RequestHead:
-    """Parse what SocketReader.read_head gave.
-
-    Raises BAD_REQUEST, URI_TOO_LONG, REQUEST_HEADER_FIELDS_TOO_LARGE, HTTP_VERSION.
-    """
-    lines = data.decode("latin-1").split("\r\n")
-    if len(lines[0]) > REQUEST_LINE_LIMIT:
-        raise RegistryError(ErrorCode.URI_TOO_LONG)
-    if len(lines) > HEADER_COUNT_LIMIT + 1 or len(data) > HEAD_LIMIT:
-        raise RegistryError(ErrorCode.REQUEST_HEADER_FIELDS_TOO_LARGE)
-    if data.count(b"\n") != len(lines) - 1 or data.count(b"\r") != len(lines) - 1 or b"\0" in data:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bare CR, bare LF or NUL")
-    method, target, version = _parse_request_line(lines[0])
-    headers = _parse_headers(lines[1:])
-    if (version == "HTTP/1.1" or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
-    return RequestHead(method, target, version, headers)
-
-
-def _parse_headers(lines: list[str]) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "header without a colon")
-        name, value = _header_name(name), value.strip(" \t")
-        if name in headers:
-            if name in SINGLE_HEADERS:
-                raise RegistryError(ErrorCode.BAD_REQUEST, f"more than one {name}")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
-
-
-def _parse_request_line(line: str) -> tuple[str, str, str]:
-    parts = line.split(" ")
-    if len(parts) != 3 or not HEADER_NAME.fullmatch(parts[0]) or not parts[1].isprintable():
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad request line")
-    method, target, version = parts
-    if version not in ("HTTP/1.1", "HTTP/1.0"):
-        known = re.fullmatch(r"HTTP/[0-9]\.[0-9]", version)
-        raise RegistryError(ErrorCode.HTTP_VERSION if known else ErrorCode.BAD_REQUEST, version)
-    return method, target, version
-
-
-@functools.lru_cache(maxsize=256)
-def _header_name(name: str) -> str:
-    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold.
-
-    Only names that are well-formed, and so of bounded length, are remembered.
-    """
-    if not HEADER_NAME.fullmatch(name):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad header name")
-    return name.lower()
-
-
-def body_length(head: RequestHead) -> int | None:
-    """How many bytes the request's body has; None if it is chunked. Raises BAD_REQUEST if that is unclear."""
-    length, encoding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
-    if encoding is not None:
-        if length is not None or encoding.lower() != "chunked" or head.version == "HTTP/1.0":
-            raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
-        return None
-    if length is None:
-        return 0
-    if not (length.isascii() and length.isdigit() and len(length) < 19):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
-    return int(length)
 
 
 class Body:
@@ -2809,92 +2663,70 @@ class Body:
         self.length = length
         self._reader = reader
         self._remaining = length or 0  # of the body, or of the chunk being read
+        self._chunked = length is None  # and its last chunk has not come
+        self._begun = False  # whether its first has
         self._expected = expected and length != 0
         self.done = length == 0
 
     @property
     def drainable(self) -> bool:
         """Whether what was not read is known to be so little that the next request can follow it."""
-        return self.done or bool(self.length and not self._expected and self._remaining <= DRAIN_LIMIT)
+        return self.done or not (self._chunked or self._expected or self._remaining > DRAIN_LIMIT)
 
     def drain(self) -> None:
         """Skip what was not read."""
-        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining)))
-        while self.readinto(buffer):
+        while self.readinto(memoryview(bytearray(RECEIVE_SIZE))):
             pass
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
+        reader, count = self._reader, 0
         if self._expected:
             self._expected = False
-            self._reader.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not self._remaining and not self.done:
-            self._next_chunk()
-        if self.done:
-            return 0
-        if self._reader.evictable_at == math.inf:
-            self._reader.evictable_at = time.monotonic() + HEADER_TIMEOUT
-        count = self._reader.readinto(view[: self._remaining])
-        self._reader.evictable_at += count / SLOWEST_BODY
-        self._remaining -= count
-        if not self._remaining:
-            self._end_of_part()
+            reader.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._chunked and not self._remaining:
+            self._begin_chunk()
+        if self._remaining:
+            if reader.evictable_at == math.inf:
+                reader.evictable_at = time.monotonic() + HEADER_TIMEOUT
+            count = reader.readinto(view[: self._remaining])
+            reader.evictable_at += count / SLOWEST_BODY
+            self._remaining -= count
+        if not self._remaining and not self._chunked:
+            self.done, reader.evictable_at = True, math.inf
         return count
 
-    def _end_of_part(self) -> None:
-        if self.length is not None:
-            self._end()
-        elif self._read_line():
+    def _begin_chunk(self) -> None:
+        """Read up to the next chunk's content, or past the trailers (RFC 9112, 7.1)."""
+        if self._begun and self._reader.read_line():
             raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
-
-    def _next_chunk(self) -> None:
-        size = CHUNK_SIZE.fullmatch(self._read_line())
+        self._begun = True
+        size = CHUNK_SIZE.fullmatch(self._reader.read_line())
         if not size:
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
         if not self._remaining:
-            self._skip_trailers()
-            self._end()
+            for count, line in enumerate(iter(self._reader.read_line, b"")):
+                if count == HEADER_COUNT_LIMIT or not re.fullmatch(HEADER.encode(), line):
+                    raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
+            self._chunked = False  # only now: after a bad trailer, no request can follow
 
-    def _end(self) -> None:
-        self.done, self._reader.evictable_at = True, math.inf
-
-    def _read_line(self) -> bytes:
-        line = self._reader.read_line(CHUNK_LINE_LIMIT)
-        if line is None:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
-        return line
-
-    def _skip_trailers(self) -> None:
-        for _ in range(HEADER_COUNT_LIMIT):
-            line = self._read_line()
-            if not line:
-                return
-            name, colon, value = line.decode("latin-1").partition(":")
-            if not colon or not HEADER_NAME.fullmatch(name) or "\r" in value or "\0" in value:
-                break
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
-
-    def read(self, limit: int, too_large: ErrorCode) -> bytes:
-        """The whole body. Raises too_large past the limit, before reading it when its length is known.
+    def read(self) -> bytes:
+        """The whole body, a manifest. Raises MANIFEST_TOO_LARGE, before reading it when its length is known.
 
         It has to arrive within a time that its length sets: no client holds a connection with so little.
         """
-        if self.length is not None and self.length > limit:
-            raise RegistryError(too_large)
-        size = limit if self.length is None else self.length
+        size = MANIFEST_LIMIT if self.length is None else self.length
         self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
         self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
         content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
-        while count := self.readinto(buffer):
+        while size <= MANIFEST_LIMIT and (count := self.readinto(buffer)):
             content += buffer[:count]
-            if len(content) > limit:
-                raise RegistryError(too_large)
+            size = max(size, len(content))
+        if size > MANIFEST_LIMIT:
+            raise RegistryError(ErrorCode.MANIFEST_TOO_LARGE)
         self._reader.deadline = 0.0
         return bytes(content)
-
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Context(NamedTuple):
@@ -2904,7 +2736,7 @@ class Context(NamedTuple):
     access: Access
     public_url: str | None = None  # how clients reach it, if they do not say
     secure: bool = False  # whether it speaks TLS itself
-    proxies: Sequence[Network] = ()  # those whose X-Forwarded headers are believed
+    proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()  # whose X-Forwarded are believed
 
 
 class Request:
@@ -2919,29 +2751,50 @@ class Request:
         self.caller = Caller(None)
         self.wanted: Scope | None = None  # what a token must be good for
         self._reader = reader
-        self.method = self.target = "-"
-        self.path = ""
-        self._parameters: dict[str, list[str]] = {}
-        self.headers: dict[str, str] = {}
+        self.method = self.target = self.path = "-"
+        self.parameters: dict[str, list[str]] = {}  # of the query
+        self.headers: dict[str, str] = {}  # by names in lower case, repeated ones comma-joined
         self.body = Body(reader, 0, expected=False)
         self.persistent = False  # whether the client may send another after this one
 
     def parse(self, data: bytes) -> None:
-        """Take in a head. Raises parse_head's errors and more, keeping what was understood till then."""
+        """Take in a head (RFC 9112); whatever this raises, what was understood until then stays."""
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
-        self.method, self.target, version, self.headers = head = parse_head(data)
-        self._look_behind_proxies()
-        self._parse_target(self.target)
-        length = body_length(head)
-        expectation = self.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        if len(data.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT:
+            raise RegistryError(ErrorCode.URI_TOO_LONG)
+        if len(data) > HEAD_LIMIT or data.count(b"\n") > HEADER_COUNT_LIMIT:
+            raise RegistryError(ErrorCode.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        head = HEAD.fullmatch(data.decode("latin-1"))
+        if not head:
+            raise RegistryError(ErrorCode.BAD_REQUEST, "malformed request line or header")
+        self.method, self.target, version, lines = head.groups()
+        if version not in ("HTTP/1.1", "HTTP/1.0"):
+            raise RegistryError(ErrorCode.HTTP_VERSION, version)
         modern = version == "HTTP/1.1"
-        self.body = Body(self._reader, length, expected=bool(expectation) and modern)
+        self._parse_headers(lines.split("\r\n")[1:], host_required=modern)
+        if self.context.proxies:
+            self._look_behind_proxies()
+        self._parse_target()
+        self._begin_body(modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
-    def _parse_target(self, target: str) -> None:
+    def _parse_headers(self, lines: list[str], *, host_required: bool) -> None:
+        headers = self.headers
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            if name in headers:
+                if name in ("content-length", "transfer-encoding", "host", "content-range", "authorization"):
+                    raise RegistryError(ErrorCode.BAD_REQUEST, f"more than one {name}")
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
+        if (host_required or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
+
+    def _parse_target(self) -> None:
+        """Find path and parameters. A plus sign is itself, as in media types."""
+        target = self.target
         absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
         if absolute:
             self.headers["host"], target = absolute.groups()  # as RFC 9112, 3.2.2 demands
@@ -2950,62 +2803,53 @@ class Request:
         path, _, query = target.partition("?")
         try:
             self.path = unquote(path, errors="strict") if "%" in path else path
-        except UnicodeDecodeError:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
-        if query:
-            self._parameters = parse_parameters(query.replace("+", "%2B"))
+            if query:
+                query = query.replace("+", "%2B")
+                self.parameters = parse_qs(query, True, errors="strict", max_num_fields=PARAMETER_LIMIT)
+        except ValueError:
+            reason = f"the target is not UTF-8, or has more than {PARAMETER_LIMIT} parameters"
+            raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
 
-    def parameters(self, name: str) -> list[str]:
-        """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
-        return self._parameters.get(name, [])
-
-    def parameter(self, name: str) -> str | None:
-        """A parameter's first value, or None."""
-        return next(iter(self.parameters(name)), None)
-
-    def identify(self) -> Caller:
-        """Who makes the request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-        return self.context.access.identify(self.headers.get("authorization", ""), self.address)
-
-    def may_pull(self, repository: str) -> bool:
-        """Whether whoever makes the request has the right to pull a repository."""
-        return self.context.access.permits(self.caller.user, Scope("repository", repository, "pull"))
-
-    def base_url(self) -> str:
-        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
-        if self.context.public_url:
-            return self.context.public_url.rstrip("/")
-        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
-        if self.proxied:
-            scheme = self._forwarded("x-forwarded-proto") or scheme
-            host = self._forwarded("x-forwarded-host") or host
-        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
-
-    def _forwarded(self, name: str) -> str:
-        """What the proxy nearest to the client says, if there is one."""
-        return self.headers.get(name, "").partition(",")[0].strip()
+    def _begin_body(self, modern: bool) -> None:
+        """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
+        headers, expectation = self.headers, self.headers.get("expect", "").lower()
+        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding")
+        if encoding is not None and (
+            "content-length" in headers or encoding.lower() != "chunked" or not modern
+        ):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
+        if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
+        if expectation not in ("", "100-continue"):
+            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        size = int(length) if encoding is None else None
+        self.body = Body(self._reader, size, expected=bool(expectation) and modern)
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
-        hops = self.headers.get("x-forwarded-for", "").split(",")
+        # With a scope id, which could hold anything, an address is none.
+        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")
         while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
             self.proxied = True
             try:
                 address = ipaddress.ip_address(hops.pop().strip())
             except (IndexError, ValueError):
                 break
-            if getattr(address, "scope_id", None):  # could hold anything
-                break
             self.address = str(getattr(address, "ipv4_mapped", None) or address)
 
+    def parameter(self, name: str) -> str | None:
+        """The first value that the query gives a parameter, or None."""
+        return next(iter(self.parameters.get(name, [])), None)
 
-def parse_parameters(text: str) -> dict[str, list[str]]:
-    """The values of each parameter of a query or form. Raises BAD_REQUEST."""
-    try:
-        return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=PARAMETER_LIMIT)
-    except ValueError:
-        reason = f"the parameters are not UTF-8, or more than {PARAMETER_LIMIT}"
-        raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
+    def base_url(self) -> str:
+        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
+        if self.context.public_url:
+            return self.context.public_url.rstrip("/")
+        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
+        if self.proxied:  # what the proxy nearest to the client says comes first
+            scheme = (self.headers.get("x-forwarded-proto") or scheme).partition(",")[0].strip()
+            host = (self.headers.get("x-forwarded-host") or host).partition(",")[0].strip()
+        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
 
 
 class Reply(NamedTuple):
@@ -3026,64 +2870,36 @@ def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
     return Reply(200, (("Content-Type", JSON), *headers), encode_json(document))
 
 
-def parse_count(digits: str) -> int:
-    """A decimal number; one that no content could have as its size is as good as the largest."""
-    return int(digits) if len(digits) < 19 else COUNT_LIMIT
-
-
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """A Range header's start and length within a content of this size; None if it is to be ignored.
 
     Raises RANGE_NOT_SATISFIABLE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
     """
-    match = BYTE_RANGE.fullmatch(text.strip())
-    if not match or match[0].endswith("=-"):
+    match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
+    if not match:
         return None
-    first, last = match[1], match[2]
-    if first:
-        start, stop = parse_count(first), min(parse_count(last) + 1, size) if last else size
-    else:
-        start, stop = max(size - parse_count(last), 0), size
+    first, last = (digits[:18] for digits in match.groups())  # which no content's size has
+    start = int(first) if first else max(size - int(last), 0)
+    stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
-        raise RegistryError(
-            ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=(("Content-Range", f"bytes */{size}"),)
-        )
+        headers = (("Content-Range", f"bytes */{size}"),)
+        raise RegistryError(ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=headers)
     return start, stop - start
 
 
-def matches_etag(condition: str, digest: str | None, *, weakly: bool) -> bool:
-    """Whether an If-Match or If-None-Match header names a content's entity tag; * names any but None.
-
-    weakly: whether a weak tag counts too (RFC 9110, 8.8.3.2).
-    """
-    if condition.strip() == "*" or digest is None:
-        return digest is not None
-    return any(tag == digest and (weakly or not weak) for weak, tag in ENTITY_TAG.findall(condition))
-
-
 def check_preconditions(request: Request, digest: str | None) -> bool:
-    """Whether the client says that it has already what is there (RFC 9110, 13); None: nothing is.
+    """Whether the client has what the path names, which is this or nothing, already (RFC 9110, 13).
 
-    That is the content of the resource that the path names: a tag's manifest, or the one with a digest,
-    whatever tags a push is to give it. Raises PRECONDITION_FAILED if If-Match does not hold, or
-    If-None-Match for a request that would change something.
+    Raises PRECONDITION_FAILED if If-Match does not hold, or If-None-Match for what would change something.
     """
-    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
-    known = none_match is not None and matches_etag(none_match, digest, weakly=True)
-    writes = request.method not in ("GET", "HEAD")
-    if (known and writes) or (match is not None and not matches_etag(match, digest, weakly=False)):
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
+    tag = f'"{digest}"'
+    known = digest is not None and (none_match == "*" or tag in none_match)
+    # A weak tag is not good enough for this (RFC 9110, 8.8.3.2).
+    holds = match is None or (digest is not None and (match == "*" or tag in match.replace('W/"', "")))
+    if not holds or (known and request.method not in ("GET", "HEAD")):
         raise RegistryError(ErrorCode.PRECONDITION_FAILED, digest or "nothing")
     return known
-
-
-def page_size(request: Request, limit: int) -> int:
-    """The query's n, but not above the limit. Raises PAGE_INVALID."""
-    text = request.parameter("n")
-    if text is None:
-        return limit
-    if not (text.isascii() and text.isdigit()):
-        raise RegistryError(ErrorCode.PAGE_INVALID, text)
-    return min(parse_count(text), limit)
 
 
 def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
@@ -3095,46 +2911,30 @@ def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
 # === Handlers =========================================================================================
 
 
-def version_get(request: Request) -> Reply:
-    """Say that this is a registry (end-1)."""
-    return json_reply({})
+def created(name: str, kind: str, digest: str, *headers: tuple[str, str]) -> Reply:
+    """A 201 for a blob or manifest that is now there."""
+    location = ("Location", f"/v2/{name}/{kind}/{digest}")
+    return Reply(201, (location, ("Docker-Content-Digest", digest), *headers))
 
 
 def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> Reply:
-    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it.
-
-    Raises PRECONDITION_FAILED.
-    """
-    headers = [("Docker-Content-Digest", content.digest), ("ETag", f'"{content.digest}"')]
+    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it."""
+    tag, part = f'"{content.digest}"', None
+    headers = [("Docker-Content-Digest", content.digest), ("ETag", tag)]
     if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
-    part = requested_range(request, content)
+    text = request.headers.get("range") if request.method == "GET" else None
+    if text is not None and request.headers.get("if-range", tag) == tag:
+        part = parse_range(text, content.size)
     start, length = part or (0, content.size)
     body = request.store.open_content(content)
     if body is None:
         raise RegistryError(unknown, content.digest)
     if part:
         headers.append(("Content-Range", f"bytes {start}-{start + length - 1}/{content.size}"))
-        body = body[start : start + length] if isinstance(body, bytes) else body
-    return Reply(
-        206 if part else 200,
-        headers,
-        body if isinstance(body, bytes) else FileRange(body, start, length),
-    )
-
-
-def requested_range(request: Request, content: Descriptor) -> tuple[int, int] | None:
-    """The part of a content that a GET asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
-    text = request.headers.get("range") if request.method == "GET" else None
-    if text is None or request.headers.get("if-range", f'"{content.digest}"') != f'"{content.digest}"':
-        return None
-    return parse_range(text, content.size)
-
-
-def blob_location(name: str, digest: str) -> Headers:
-    """The headers of a reply to a blob that is now there."""
-    return ("Location", f"/v2/{name}/blobs/{digest}"), ("Docker-Content-Digest", digest)
+    piece = body[start : start + length] if isinstance(body, bytes) else FileRange(body, start, length)
+    return Reply(206 if part else 200, headers, piece)
 
 
 def blob_get(request: Request, name: str, digest: str) -> Reply:
@@ -3151,101 +2951,68 @@ def blob_delete(request: Request, name: str, digest: str) -> Reply:
 
 def session_headers(name: str, session: str, size: int) -> Headers:
     """Where an upload session is and how far it has come."""
-    return (
-        ("Location", f"/v2/{name}/blobs/uploads/{session}"),
-        ("Range", f"0-{max(size - 1, 0)}"),
-        ("Docker-Upload-UUID", session),
-    )
+    location = ("Location", f"/v2/{name}/blobs/uploads/{session}")
+    return location, ("Range", f"0-{max(size - 1, 0)}"), ("Docker-Upload-UUID", session)
 
 
 def upload_start(request: Request, name: str) -> Reply:
     """Mount a blob (end-11), take one whole (end-4b), or open an upload session (end-4a)."""
     mount, digest = request.parameter("mount"), request.parameter("digest")
     if mount is not None and mount_blob(request, name, parse_digest(mount)):
-        return Reply(201, blob_location(name, mount))
-    if digest is not None:
-        return upload_whole(request, name, parse_digest(digest))
-    algorithm = parse_algorithm(request.parameter("digest-algorithm") or "sha256")
-    session = request.store.start_session(name, algorithm)
-    return Reply(202, session_headers(name, session, 0))
+        return created(name, "blobs", mount)
+    if digest is None:
+        algorithm = parse_algorithm(request.parameter("digest-algorithm") or "sha256")
+        return Reply(202, session_headers(name, request.store.start_session(name, algorithm), 0))
+    with request.store.files.new_upload(algorithm_of(parse_digest(digest))) as upload:
+        receive(request, upload)
+        request.store.finish_upload(name, upload, digest)
+    return created(name, "blobs", digest)
 
 
 def mount_blob(request: Request, name: str, digest: str) -> bool:
-    """Mount a blob from the repository that the query names, or from any that the caller may pull.
-
-    For a source that is named it is enough whose token it is: some clients ask for one that is good for the
-    target only. One that the registry looks for must be in the token itself.
-    """
+    """Mount a blob from the repository that the query names, or any of 1,000 that the caller may pull."""
     access, caller, source = request.context.access, request.caller, request.parameter("from")
     if source is not None:
-        caller = Caller(caller.user)
-    sources = request.store.repositories_with(digest, MOUNT_LIMIT) if source is None else [source]
+        sources, caller = [source], Caller(caller.user)  # some clients' tokens are good for the target only
+    else:
+        sources = request.store.repositories_with(digest, 1_000)
     return any(
-        access.allows(caller, Scope("repository", candidate, "pull"))
-        and request.store.mount(name, digest, candidate)
-        for candidate in sources
+        access.allows(caller, Scope("repository", each, "pull")) and request.store.mount(name, digest, each)
+        for each in sources
     )
 
 
-def upload_whole(request: Request, name: str, digest: str) -> Reply:
-    """Take a blob from the body of the one POST that announces it."""
-    with request.store.files.new_upload(algorithm_of(digest)) as upload:
-        receive(request, upload)
-        request.store.finish_upload(name, upload, digest)
-    return Reply(201, blob_location(name, digest))
-
-
 def receive(request: Request, upload: UploadFile) -> None:
-    """Append the request's body, which its Content-Range must place exactly at the upload's end."""
-    length = check_content_range(request, upload)
-    start = upload.size
-    if length not in (None, upload.append(request.body.readinto, request.body.length)):
+    """Append the body, exactly where its Content-Range says. Raises UPLOAD_RANGE, SIZE_INVALID."""
+    start, length, text = upload.size, request.body.length, request.headers.get("content-range")
+    if text is not None:
+        match = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", text)
+        first, last = map(int, match.groups()) if match else (-1, -1)
+        if first != start or last < first:
+            raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {start} bytes")
+        length = last - first + 1
+    if request.method == "PUT":
+        parse_digest(request.parameter("digest") or "")  # while nothing of the body is taken
+    agrees = request.body.length in (None, length)
+    if not agrees or length not in (None, upload.append(request.body.readinto, request.body.length)):
         upload.truncate(start)
         raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
 
 
-def check_content_range(request: Request, upload: UploadFile) -> int | None:
-    """The length that Content-Range declares, if there is one. Raises UPLOAD_RANGE, SIZE_INVALID."""
-    text = request.headers.get("content-range")
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
-    first, last = (parse_count(match[1]), parse_count(match[2])) if match else (-1, -1)
-    if first != upload.size or last < first:
-        raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {upload.size} bytes")
-    length = last - first + 1
-    if request.body.length not in (None, length):
-        raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
-    return length
-
-
-@contextlib.contextmanager
-def open_session(request: Request, name: str, session: str) -> Iterator[UploadFile]:
-    """An upload session to write to; a 416 says where it stands, so that the client can go on from there."""
+def upload_append(request: Request, name: str, session: str) -> Reply:
+    """Append to an upload session (end-5), which a PUT makes a blob (end-6)."""
+    digest = request.parameter("digest") or ""
     try:
         with request.store.session(name, session) as upload:
-            yield upload
+            receive(request, upload)
+            if request.method == "PATCH":
+                return Reply(202, session_headers(name, session, upload.size))
+            request.store.finish_upload(name, upload, digest)
     except RegistryError as error:
-        if error.code in (ErrorCode.UPLOAD_RANGE, ErrorCode.UPLOAD_BUSY):
+        if error.code in (ErrorCode.UPLOAD_RANGE, ErrorCode.UPLOAD_BUSY):  # the client can go on from there
             error.headers = session_headers(name, session, request.store.session_size(name, session))
         raise
-
-
-def upload_append(request: Request, name: str, session: str) -> Reply:
-    """Append to an upload session (end-5)."""
-    with open_session(request, name, session) as upload:
-        receive(request, upload)
-        return Reply(202, session_headers(name, session, upload.size))
-
-
-def upload_finish(request: Request, name: str, session: str) -> Reply:
-    """Append to an upload session and make it a blob (end-6)."""
-    with open_session(request, name, session) as upload:
-        check_content_range(request, upload)
-        digest = parse_digest(request.parameter("digest") or "")
-        receive(request, upload)
-        request.store.finish_upload(name, upload, digest)
-    return Reply(201, blob_location(name, digest))
+    return created(name, "blobs", digest)
 
 
 def upload_status(request: Request, name: str, session: str) -> Reply:
@@ -3280,27 +3047,18 @@ def manifest_get(request: Request, name: str, reference: str) -> Reply:
 def manifest_put(request: Request, name: str, reference: str) -> Reply:
     """Push a manifest by tag or by digest (end-7)."""
     reference = check_reference(reference, ErrorCode.MANIFEST_INVALID)
-    content = request.body.read(MANIFEST_LIMIT, ErrorCode.MANIFEST_TOO_LARGE)
+    content = request.body.read()
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     manifest = parse_manifest(content, content_type)
-    tags = tag_parameters(request) if is_digest(reference) else []
-    check = functools.partial(check_preconditions, request)
-    digest = request.store.put_manifest(name, reference, manifest, content, tags=tags, check=check)
-    headers = [("Location", f"/v2/{name}/manifests/{digest}"), ("Docker-Content-Digest", digest)]
-    headers += [("OCI-Subject", manifest.subject)] if manifest.subject else []
-    headers += [("OCI-Tag", tag) for tag in tags]
-    return Reply(201, headers)
-
-
-def tag_parameters(request: Request) -> list[str]:
-    """The tags that a push by digest asks for. Raises TOO_MANY_TAGS, MANIFEST_INVALID."""
-    tags = request.parameters("tag")
+    tags = request.parameters.get("tag", []) if is_digest(reference) else []
     if len(tags) > TAG_PARAMETER_LIMIT:
         raise RegistryError(ErrorCode.TOO_MANY_TAGS)
-    for tag in tags:
-        if not TAG.fullmatch(tag):
-            raise RegistryError(ErrorCode.MANIFEST_INVALID, f"{tag} is not a tag")
-    return tags
+    if not all(map(TAG.fullmatch, tags)):
+        raise RegistryError(ErrorCode.MANIFEST_INVALID, "a tag parameter is not a tag")
+    check = functools.partial(check_preconditions, request)
+    digest = request.store.put_manifest(name, reference, manifest, content, tags=tags, check=check)
+    subject = [("OCI-Subject", manifest.subject)] if manifest.subject else []
+    return created(name, "manifests", digest, *subject, *(("OCI-Tag", tag) for tag in tags))
 
 
 def manifest_delete(request: Request, name: str, reference: str) -> Reply:
@@ -3310,38 +3068,39 @@ def manifest_delete(request: Request, name: str, reference: str) -> Reply:
     return Reply(202)
 
 
-def listing_reply(
-    request: Request, document: dict[str, Any], member: str, fetch: Callable[[str, int], list[str]]
-) -> Reply:
+def listing_reply(request: Request, fetch: Callable[[str, int], list[str]], kind: str, **more: str) -> Reply:
     """One page of names, and a link to the next. fetch takes a name and how many are wanted after it."""
-    size = page_size(request, PAGE_LIMIT)
+    text = request.parameter("n")
+    if text is not None and not re.fullmatch("[0-9]+", text):
+        raise RegistryError(ErrorCode.PAGE_INVALID, text)
+    size = PAGE_LIMIT if text is None else min(int(text[:18]), PAGE_LIMIT)
     names = fetch(request.parameter("last") or "", size + 1 if size else 0)
-    more = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
-    return json_reply({**document, member: names[:size]}, *more)
+    links = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
+    return json_reply({**more, kind: names[:size]}, *links)
 
 
 def tag_list(request: Request, name: str) -> Reply:
     """List tags (end-8a, end-8b)."""
-    return listing_reply(request, {"name": name}, "tags", functools.partial(request.store.tags, name))
-
-
-def repository_list(request: Request) -> Reply:
-    """List the repositories that the caller may pull; not in the specification, but widely used."""
-    return listing_reply(request, {}, "repositories", functools.partial(readable_repositories, request))
+    return listing_reply(request, functools.partial(request.store.tags, name), "tags", name=name)
 
 
 def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
     """Up to so many repositories after one that the caller may pull, looked for where grants say they are."""
-    readable: list[str] = []
+    access, user, readable = request.context.access, request.caller.user, list[str]()
     first, step = f"{last}\0", limit
-    for start, end in sorted(request.context.access.readable_ranges(request.caller.user)):
+    for start, end in sorted(access.readable_ranges(user)):
         first = max(first, start)
         while first < end and len(readable) < limit:
             names = request.store.repositories(first, end, step)
-            readable += filter(request.may_pull, names)
+            readable += [name for name in names if access.permits(user, Scope("repository", name, "pull"))]
             first = f"{names[-1]}\0" if len(names) == step else end
             step = max(limit, LISTING_STEP)
     return readable[:limit]
+
+
+def repository_list(request: Request) -> Reply:
+    """List the repositories that the caller may pull; not in the specification, but widely used."""
+    return listing_reply(request, functools.partial(readable_repositories, request), "repositories")
 
 
 def referrer_list(request: Request, name: str, digest: str) -> Reply:
@@ -3357,53 +3116,33 @@ def referrer_list(request: Request, name: str, digest: str) -> Reply:
 
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
-    caller = request.identify()
-    if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
+    access, (user, scopes) = request.context.access, request.caller
+    if not access.enabled:  # where everybody may do everything there are no tokens
+        raise RegistryError(ErrorCode.NOT_FOUND)
+    # For a token there is none: or it would never expire, nor its scope be a limit.
+    if scopes is not None or not (user or access.permits(None, CATALOG)):
         raise RegistryError(ErrorCode.UNAUTHORIZED)
-    return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
-
-
-def token_post(request: Request) -> Reply:
-    """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
-    try:
-        form = parse_parameters(request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii"))
-    except UnicodeDecodeError:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "the form is not ASCII") from None
-    values = {name: form.get(name, [""])[0] for name in ("grant_type", "username", "password", "service")}
-    if values["grant_type"] != "password":
-        raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
-    user = request.context.access.log_in(values["username"], values["password"], request.address)
-    return token_reply(request, user, form.get("scope", []), values["service"])
-
-
-def token_reply(request: Request, user: str | None, scopes: list[str], service: str | None) -> Reply:
-    """A token. Raises UNAUTHORIZED where only users may do anything, UNSUPPORTED for another service."""
-    access = request.context.access
-    if service and service != access.service:
+    if request.parameter("service") not in (None, "", access.service):
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
-    if user is None and not access.permits(None, CATALOG):
-        raise RegistryError(ErrorCode.UNAUTHORIZED)
-    requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
-    return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
+    texts = " ".join(request.parameters.get("scope", [])).split()
+    token = access.issue_token(user, [scope for text in texts for scope in parse_scope(text)])
+    return json_reply(token, ("Cache-Control", "no-store"))
 
 
 # === Routes ===========================================================================================
 
 
 class Route(NamedTuple):
-    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler.
-
-    access: the action that the caller must be allowed, "login" for none in particular, "" for anybody.
-    """
+    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler."""
 
     method: str
     path: str
     handler: Callable[..., Reply]
-    access: str
+    access: str  # the action that the caller must be allowed, "login" for none in particular, "" for anybody
 
 
 ROUTES = (
-    Route("GET", "/v2/", version_get, "login"),
+    Route("GET", "/v2/", lambda request: json_reply({}), "login"),
     Route("GET", "/v2/_catalog", repository_list, "catalog"),
     Route("GET", "/v2/<name>/tags/list", tag_list, "pull"),
     Route("GET", "/v2/<name>/manifests/<reference>", manifest_get, "pull"),
@@ -3413,58 +3152,42 @@ ROUTES = (
     Route("POST", "/v2/<name>/blobs/uploads/", upload_start, "push"),
     Route("GET", "/v2/<name>/blobs/uploads/<session>", upload_status, "push"),
     Route("PATCH", "/v2/<name>/blobs/uploads/<session>", upload_append, "push"),
-    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_finish, "push"),
+    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_append, "push"),
     Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel, "push"),
     Route("GET", "/v2/<name>/blobs/<digest>", blob_get, "pull"),
     Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete, "delete"),
     Route("GET", TOKEN_PATH, token_get, ""),
-    Route("POST", TOKEN_PATH, token_post, ""),
 )
 
-
-def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
-    """The methods of each path. A name may hold slashes, and takes all that the rest of the path leaves."""
-    paths: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
-        pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", route.path).replace("<name>[^/]", "<name>.")
-        pattern += "?" if pattern.endswith("/") else ""
-        methods = paths.setdefault(pattern, {})
-        methods[route.method] = route
-        if route.method == "GET":
-            methods["HEAD"] = route
-    return [(re.compile(pattern, re.DOTALL), methods) for pattern, methods in paths.items()]
-
-
-_COMPILED_ROUTES = _compile_routes()
+_PATHS: dict[re.Pattern[str], dict[str, Route]] = {}
+for _route in ROUTES:  # a name may hold slashes, and takes all that the rest of the path leaves
+    _pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", _route.path).replace("<name>[^/]", "<name>.")
+    _pattern += "?" * _pattern.endswith("/")
+    _PATHS.setdefault(re.compile(_pattern, re.DOTALL), {})[_route.method] = _route
 
 
 @functools.lru_cache(maxsize=1024)
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
-    for pattern, methods in _COMPILED_ROUTES:
+    for pattern, methods in _PATHS.items():
         match = pattern.fullmatch(path)
         if match:
             return methods, match.groupdict()
     raise RegistryError(ErrorCode.NOT_FOUND)
 
 
-def is_name(name: str) -> bool:
-    """Whether this is a legal repository name (specification, "Pulling manifests")."""
-    return len(name) <= NAME_LIMIT and NAME.fullmatch(name) is not None
-
-
 def dispatch(request: Request) -> Reply:
     """Run the operation that a request asks for. Raises whatever keeps it from being answered."""
     find = find_path if len(request.path) <= 2 * NAME_LIMIT else find_path.__wrapped__  # which remembers none
     methods, arguments = find(request.path)
+    route = methods.get("GET" if request.method == "HEAD" else request.method)
     try:
-        return run_route(request, methods.get(request.method), arguments)
+        return run_route(request, route, arguments)
     except RegistryError as error:
         if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            writable = not request.store.read_only
-            others = [name for name in methods if name != request.method]
-            allowed = [name for name in others if writable or methods[name].access not in ("push", "delete")]
-            error.headers = (("Allow", ", ".join(sorted(allowed))),)
+            closed = ("push", "delete") if request.store.read_only else ()
+            allowed = [name for name, at in methods.items() if at != route and at.access not in closed]
+            error.headers = (("Allow", ", ".join(sorted(allowed)).replace("GET", "GET, HEAD")),)
         raise
 
 
@@ -3472,16 +3195,14 @@ def run_route(request: Request, route: Route | None, arguments: dict[str, str]) 
     """Run an operation on what the path names, if that is well-formed and the caller may."""
     if route is None:
         raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED)
-    if "name" in arguments and not is_name(arguments["name"]):
+    name = arguments.get("name")
+    if name is not None and not NAME.fullmatch(name):
         writes = request.method in ("POST", "PUT", "PATCH")
-        raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
+        raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, name)
     if request.store.read_only and route.access in ("push", "delete"):
         raise RegistryError(ErrorCode.READ_ONLY)
-    if not request.context.access.enabled:
-        if not route.access:  # where everybody may do everything there are no tokens
-            raise RegistryError(ErrorCode.NOT_FOUND)
-    elif route.access:
-        authorize(request, route.access, arguments.get("name", ""))
+    if request.context.access.enabled:
+        authorize(request, route.access, name or "")
     return route.handler(request, **arguments)
 
 
@@ -3490,16 +3211,14 @@ def authorize(request: Request, action: str, name: str) -> None:
 
     Raises UNAUTHORIZED when other credentials, or a token with more in it, could help; else DENIED.
     """
-    access = request.context.access
+    access, headers = request.context.access, request.headers
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    request.wanted = None if action == "login" else scope
-    request.caller = caller = request.identify()
-    allowed = caller != Caller(None) if action == "login" else access.allows(caller, scope)
-    if allowed:
-        return
-    if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
-        raise RegistryError(ErrorCode.UNAUTHORIZED)
-    raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
+    request.wanted = None if action in ("login", "") else scope
+    request.caller = caller = access.identify(headers.get("authorization", ""), request.address)
+    if not (access.allows(caller, scope) if request.wanted else action == "" or caller != Caller(None)):
+        if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
+            raise RegistryError(ErrorCode.UNAUTHORIZED)
+        raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
 
 
 def challenge(request: Request) -> str:
@@ -3518,20 +3237,17 @@ def challenge(request: Request) -> str:
 def error_reply(error: Exception, request: Request | None = None) -> Reply:
     """The one place that turns an exception into a reply; what is nobody's fault but ours is logged."""
     if not isinstance(error, RegistryError):
-        error = _translate(error)
+        if is_out_of_space(error):
+            error = RegistryError(ErrorCode.STORAGE_FULL)
+        elif is_busy(error):
+            error = RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
+        else:
+            write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
+            error = RegistryError(ErrorCode.INTERNAL)
     headers = [("Content-Type", JSON), *error.headers]
     if request and error.code is ErrorCode.UNAUTHORIZED:
         headers.append(("WWW-Authenticate", challenge(request)))
     return Reply(error.code.status, headers, error.document())
-
-
-def _translate(error: Exception) -> RegistryError:
-    if is_out_of_space(error):
-        return RegistryError(ErrorCode.STORAGE_FULL)
-    if is_busy(error):
-        return RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
-    write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
-    return RegistryError(ErrorCode.INTERNAL)
 
 
 # === Server ===========================================================================================

@@ -157,7 +157,7 @@ FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, a
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_MEMORY = 64 * MIB
 RESERVE_SIZE = 4 * MIB
-HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload sessions
+UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
 CHOICE = 1_000  # rows that it reads at a time
@@ -252,13 +252,11 @@ class RegistryError(Exception):
         self.details = details
         self.headers = headers
 
-    def document(self) -> bytes:
-        """The specification's error document (section "Error Codes") as JSON."""
+    def document(self) -> dict[str, Any]:
+        """The specification's error document (section "Error Codes")."""
         code, message = self.code.code, self.code.message
-        entries: list[dict[str, str | None]] = [
-            {"code": code, "message": f"{message}: {detail}", "detail": detail} for detail in self.details
-        ]
-        return encode_json({"errors": entries or [{"code": code, "message": message, "detail": None}]})
+        errors = [{"code": code, "message": f"{message}: {each}", "detail": each} for each in self.details]
+        return {"errors": errors or [{"code": code, "message": message, "detail": None}]}
 
 
 class StartupError(Exception):
@@ -686,11 +684,9 @@ class Files:
         """Make the directories that are missing, durably. Raises StartupError when uploads could not move."""
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
             path = os.path.join(self.root, directory)
-            if not os.path.isdir(path):
-                mode = 0o777 if directory else 0o700  # the data is its owner's alone
-                os.makedirs(path, mode, exist_ok=True)
-                if self.durable:
-                    sync_directory(os.path.dirname(path))
+            os.makedirs(path, 0o777 if directory else 0o700, exist_ok=True)  # the data is its owner's alone
+            if self.durable:
+                sync_directory(os.path.dirname(path))
         for algorithm in ALGORITHMS:  # a device has one number however often it is mounted: only a try tells
             paths = f"{self.root}/uploads/.probe", f"{self.root}/blobs/{algorithm}/.probe"
             try:
@@ -1028,7 +1024,7 @@ class Store:
         self._path = os.path.join(self.files.root, "registry.db")
         self._cache = Cache(8 * MIB)  # of small contents
         self._lookups = Cache(4 * MIB)  # of query results
-        self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
+        self._hashes = Cache(1_000)  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._unremovable: set[str] = set()  # digests of files that could not be removed, and that was said
         self._write_lock = threading.Lock()
@@ -1367,12 +1363,11 @@ class Store:
         except FileNotFoundError:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
         try:
-            upload.resume_hash(self._hashes.pop(session, None))
+            upload.resume_hash(self._hashes.get(session))
+            self._hashes.forget(session)
             yield upload
-            if os.path.lexists(upload.path) and (state := upload.hash_state()):
-                if len(self._hashes) >= HASH_LIMIT:
-                    self._hashes.clear()  # those sessions are hashed at their end
-                self._hashes[session] = state
+            if os.path.lexists(upload.path):
+                self._hashes.put(session, upload.hash_state(), UPLOAD_LIFETIME)
         except Exception as error:
             if is_out_of_space(error):
                 upload.unlink()
@@ -1407,16 +1402,13 @@ class Store:
                     (now, began - PUSH_PAUSE, repository),
                 )
 
-    def expire_uploads(self, lifetime: float = DAY) -> None:
+    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
         """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
 
         def is_left_behind(name: str, status: os.stat_result) -> bool:
             return "-" not in name or abs(time.time() - status.st_mtime) > lifetime  # by a wrong clock, maybe
 
-        uploads = dict(self.files.uploads())
-        for session in self._hashes.keys() - uploads.keys():
-            self._hashes.pop(session, None)  # another process has finished it
-        for name, status in uploads.items():
+        for name, status in self.files.uploads():
             try:
                 if is_left_behind(name, status):
                     with self.files.open_upload(name, patience=0.0) as upload:
@@ -3246,7 +3238,7 @@ def error_reply(error: Exception, request: Request | None = None) -> Reply:
     headers = [("Content-Type", JSON), *error.headers]
     if request and error.code is ErrorCode.UNAUTHORIZED:
         headers.append(("WWW-Authenticate", challenge(request)))
-    return Reply(error.code.status, headers, error.document())
+    return Reply(error.code.status, headers, encode_json(error.document()))
 
 
 # === Server ===========================================================================================

@@ -514,26 +514,6 @@ def hash_file(file: io.FileIO, algorithm: str) -> str:
     return f"{algorithm}:{running.hexdigest()}"
 
 
-@contextlib.contextmanager
-def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memoryview], None]]:
-    """A write that returns at once: the next call, and the end, wait for it and raise what it raised."""
-    from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
-
-    last: Future[None] = Future()
-    last.set_result(None)
-
-    def write_later(data: memoryview) -> None:
-        nonlocal last
-        last.result()
-        last = thread.submit(write, data)
-
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            yield write_later
-        finally:
-            last.result()
-
-
 class UploadFile(io.FileIO):
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
@@ -584,26 +564,36 @@ class UploadFile(io.FileIO):
         """
         self._files.check_space(self.size, expected or 0)
         start, filled = self.size, 0
+        thread: Any = None  # what writes large buffers
+        writing: Any = None  # the last of these writes
         size = RECEIVE_SIZE if expected is None else min(expected + 1, RECEIVE_SIZE)  # one more: never full
-        buffers = [memoryview(bytearray(size))]
+        buffer = spare = memoryview(bytearray(size))
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(self.path, "rb+", buffering=0, opener=no_follow))
             file.seek(start)
-            write: Callable[[memoryview], None] = functools.partial(self._write, file)
             try:
-                while count := readinto(buffers[0][filled:]):
+                while count := readinto(buffer[filled:]):
                     filled += count
-                    if filled == len(buffers[0]):
+                    if filled == len(buffer):
                         filled = 0  # before the write: one that fails is not repeated below
-                        write(buffers[0])
-                        buffers.reverse()
-                        if len(buffers) == 1 and self.LARGE.acquire(blocking=False):
+                        if writing:
+                            writing.result()
+                            writing = thread.submit(self._write, file, buffer)
+                        else:
+                            self._write(file, buffer)
+                        buffer, spare = spare, buffer
+                        if buffer is spare and self.LARGE.acquire(blocking=False):
+                            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load
+
                             stack.callback(self.LARGE.release)
-                            write = stack.enter_context(write_behind(write))
-                            buffers = [memoryview(bytearray(BUFFER_SIZE)) for _ in range(2)]
+                            thread = stack.enter_context(ThreadPoolExecutor(1))
+                            writing = thread.submit(int)
+                            buffer, spare = (memoryview(bytearray(BUFFER_SIZE)) for _ in range(2))
             finally:
+                if writing:
+                    writing.result()
                 if filled:
-                    write(buffers[0][:filled])
+                    self._write(file, buffer[:filled])
         return self.size - start
 
     def _write(self, file: io.FileIO, data: memoryview) -> None:

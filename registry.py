@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import fcntl
 import functools
 import getpass
 import hashlib
@@ -62,6 +63,7 @@ import mmap
 import os
 import queue
 import re
+import resource
 import secrets
 import selectors
 import shutil
@@ -80,21 +82,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
-try:
-    import fcntl
-except ImportError:  # Windows: sessions are then guarded within one process only
-    fcntl = None  # type: ignore[assignment]
 try:
     import ssl
 except ImportError:  # a Python built without it serves plain HTTP
     ssl = None  # type: ignore[assignment]
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
     raise (SystemExit if __name__ == "__main__" else ImportError)(
@@ -119,23 +113,19 @@ KIB, MIB = 1 << 10, 1 << 20
 REQUEST_LINE_LIMIT = 8 * KIB
 HEAD_LIMIT = 64 * KIB
 HEADER_COUNT_LIMIT = 100
-CHUNK_LINE_LIMIT = 1 * KIB
 MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
 REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
-PARAMETER_LIMIT = 1_000  # of a query or form
+PARAMETER_LIMIT = 1_000  # of a query
 DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters of each one's detail
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
 BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
-LARGE_UPLOADS = 32  # at once with such buffers; any others do with one of RECEIVE_SIZE
-FLUSH_SIZE = 8 * MIB  # after which the disk may begin to write an upload
 SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
-CACHE_SIZE = 8 * MIB
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -147,8 +137,6 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
-UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
-UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 DAY = 24 * 3600
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
@@ -167,27 +155,22 @@ FAILURE_LIMIT = 5  # wrong passwords from one address before it is slowed down
 FAILURE_INTERVAL = 60.0  # seconds without one, after which they are forgotten
 FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, and at most
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
-SCRYPT_LN, SCRYPT_MEMORY = 14, 64 * MIB
-FORM_LIMIT = 64 * KIB
-COUNT_LIMIT = 10**18
+SCRYPT_MEMORY = 64 * MIB
 RESERVE_SIZE = 4 * MIB
-LOG_INDEX_HEAD = 96  # bytes: two copies of the head of registry.db-shm
-IDLE_READERS = 8  # connections to the database that are kept for the next queries
-HASH_LIMIT = 1_000  # running hashes remembered between the requests of upload sessions
-LOOKUP_CACHE_SIZE, LOOKUP_SIZE = 4 * MIB, 32 * KIB  # of all query results remembered, and of one
+UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
 CHOICE = 1_000  # rows that it reads at a time
 DROP_LIMIT = 1_000  # manifests that go with one that kept them
 PUSH_PAUSE = 60  # seconds that may pass in a push between one layer and the next
 CLOCK_SLACK = 60.0  # seconds by which a time may be ahead
-REFERENCE_STEP = 400  # rows of one INSERT: SQLite before 3.32 takes 999 parameters
 LISTING_STEP = 1_000  # names read at once when the caller may not pull all of them
-MOUNT_LIMIT = 1_000  # repositories tried as the source of a mount
 FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
 
 ALGORITHMS = ("sha256", "sha512")
-NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+NAME = re.compile(
+    r"(?!.{256})[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+)
 NAME_LIMIT = 255
 AFTER_NAMES = "\x7f"  # no name begins with this or anything after it in byte order
 MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the slash
@@ -197,12 +180,9 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A file under uploads/. A session's id says when it began, what its bytes are hashed with and, hashed, whose
 # it is.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
-HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
-ENTITY_TAG = re.compile(r'(W/)?"([^"]*)"')
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
@@ -235,27 +215,22 @@ class ErrorCode(enum.Enum):
     PAGE_INVALID = 400, "UNSUPPORTED", "n must be a non-negative integer"
     NOT_FOUND = 404, "UNSUPPORTED", "no such endpoint"
     METHOD_NOT_ALLOWED = 405, "UNSUPPORTED", "the endpoint does not know this method"
+    READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
     STILL_NEEDED = 405, "DENIED", "still needed by a manifest of the repository; delete that first"
-    UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
-    UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
     PRECONDITION_FAILED = 412, "DENIED", "If-Match or If-None-Match does not hold; this is there now"
-    RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     MANIFEST_TOO_LARGE = 413, "SIZE_INVALID", f"manifest larger than {MANIFEST_LIMIT // MIB} MiB"
+    BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
     TOO_MANY_TAGS = 414, "UNSUPPORTED", f"more than {TAG_PARAMETER_LIMIT} tags in one request"
     URI_TOO_LONG = 414, "UNSUPPORTED", f"request line longer than {REQUEST_LINE_LIMIT // KIB} KiB"
+    UPLOAD_BUSY = 416, "BLOB_UPLOAD_INVALID", "another request is writing to this upload session"
+    UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
+    RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     EXPECTATION_FAILED = 417, "UNSUPPORTED", "the only expectation served is 100-continue"
-    REQUEST_HEADER_FIELDS_TOO_LARGE = (
-        431,
-        "UNSUPPORTED",
-        f"more than {HEADER_COUNT_LIMIT} headers, or {HEAD_LIMIT // KIB} KiB",
-    )
+    REQUEST_HEADER_FIELDS_TOO_LARGE = 431, "UNSUPPORTED", "too many header fields, or too long"
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
     DATABASE_BUSY = 503, "TOOMANYREQUESTS", "the registry's database is busy; try again"
     HTTP_VERSION = 505, "UNSUPPORTED", "only HTTP/1.1 and HTTP/1.0 are spoken here"
-    READ_ONLY = 405, "UNSUPPORTED", "this registry is read-only"
-    FORM_TOO_LARGE = 413, "SIZE_INVALID", f"form larger than {FORM_LIMIT // KIB} KiB"
-    BLOB_TOO_LARGE = 413, "SIZE_INVALID", "blob larger than this registry accepts"
     STORAGE_FULL = 507, "DENIED", "the registry's disk is full; delete something or make room"
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -271,19 +246,35 @@ class RegistryError(Exception):
     """An ErrorCode on its way to the client: one entry for each detail, or one without."""
 
     def __init__(self, code: ErrorCode, *details: str, headers: Headers = ()) -> None:
-        details = tuple(detail[:DETAIL_LENGTH] for detail in details[:DETAIL_LIMIT])
+        details = tuple(detail[:300] for detail in details[:DETAIL_LIMIT])  # what a client sent may be long
         super().__init__(code.message, *details)
         self.code = code
         self.details = details
         self.headers = headers
 
-    def document(self) -> bytes:
-        """The specification's error document (section "Error Codes") as JSON."""
+    def document(self) -> dict[str, Any]:
+        """The specification's error document (section "Error Codes")."""
         code, message = self.code.code, self.code.message
-        entries: list[dict[str, str | None]] = [
-            {"code": code, "message": f"{message}: {detail}", "detail": detail} for detail in self.details
-        ]
-        return encode_json({"errors": entries or [{"code": code, "message": message, "detail": None}]})
+        errors = [{"code": code, "message": f"{message}: {each}", "detail": each} for each in self.details]
+        return {"errors": errors or [{"code": code, "message": message, "detail": None}]}
+
+
+class StartupError(Exception):
+    """Why the registry cannot run here, in one line that says what to do about it."""
+
+
+@contextlib.contextmanager
+def explain_failure(failure: str, advice: str = "") -> Iterator[None]:
+    """Have what goes wrong come out as a StartupError: what failed, why, and what to do about it."""
+    try:
+        yield
+    except (OSError, OverflowError, ValueError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{failure}: {reason}{advice and '; '}{advice}") from error
+
+
+class ClientGone(Exception):
+    """The client hung up or stalled in the middle of a request or reply."""
 
 
 def encode_json(value: object) -> bytes:
@@ -297,7 +288,7 @@ def is_out_of_space(error: BaseException) -> bool:
         return error.code in (ErrorCode.STORAGE_FULL, ErrorCode.BLOB_TOO_LARGE)
     if isinstance(error, sqlite3.OperationalError):
         return "is full" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_busy(error: BaseException) -> bool:
@@ -310,14 +301,6 @@ def write_log(text: str, end: str = "\n") -> None:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + end)
         sys.stderr.flush()
-
-
-class StartupError(Exception):
-    """Why the registry cannot run here, in one line that says what to do about it."""
-
-
-class ClientGone(Exception):
-    """The client hung up or stalled in the middle of a request or reply."""
 
 
 # === Digests ==========================================================================================
@@ -381,25 +364,21 @@ def invalid_manifest(reason: str) -> RegistryError:
 
 
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
-    """Check a manifest or index of any media type, pushed with this Content-Type ("" for none).
-
-    Raises MANIFEST_INVALID for anything that is neither.
-    """
+    """A manifest or index of any media type, pushed with this Content-Type or "". Raises MANIFEST_INVALID."""
     document = _parse_json_object(content)
     media_type = _media_type(document, content_type)
-    artifact_type = _optional(document, "artifactType", str)
-    optional: list[dict[str, Any]] = []
+    _check_members(document, media_type)
+    artifact_type = _member(document, "artifactType", str)
     if "manifests" in document:
-        required = _descriptors(document["manifests"], "manifests")
+        required, foreign = _descriptors(document["manifests"], "manifests"), []
     else:
         required = _descriptors([document.get("config")], "config")
-        artifact_type = artifact_type or _optional(required[0], "mediaType", str)
-        for layer in _descriptors(document.get("layers"), "layers"):
-            kind = _optional(layer, "mediaType", str) or ""
-            foreign = layer.get("urls") or "nondistributable" in kind or "foreign" in kind
-            (optional if foreign else required).append(layer)  # clients fetch foreign layers elsewhere
+        artifact_type = artifact_type or _member(required[0], "mediaType", str)
+        layers = _descriptors(document.get("layers"), "layers")
+        foreign = [layer for layer in layers if _is_foreign(layer)]
+        required += [layer for layer in layers if not _is_foreign(layer)]
     subject = document.get("subject")
-    annotations = _optional(document, "annotations", dict) or {}
+    annotations = _member(document, "annotations", dict) or {}
     if not all(isinstance(value, str) for value in annotations.values()):
         raise invalid_manifest("annotations are not all strings")
     return Manifest(
@@ -408,23 +387,18 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
         None if subject is None else _descriptors([subject], "subject")[0]["digest"],
         annotations,
         tuple(sorted({descriptor["digest"] for descriptor in required})),
-        tuple(sorted({descriptor["digest"] for descriptor in optional})),
+        tuple(sorted({descriptor["digest"] for descriptor in foreign})),
     )
 
 
 def _parse_json_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes. Neither depth nor a number's length costs more than it should."""
-
     def parse_int(digits: str) -> int:
         if len(digits) > 20:  # int() takes quadratic time
             raise ValueError("number too long")
         return int(digits)
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=refuse_constant)
+    try:  # parse_constant gets NaN and Infinity, which are not JSON
+        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
     if not isinstance(document, dict):
@@ -433,30 +407,39 @@ def _parse_json_object(content: bytes) -> dict[str, Any]:
 
 
 def _media_type(document: dict[str, Any], content_type: str) -> str:
-    """The one media type that body, header and the body's members agree on."""
-    declared = _optional(document, "mediaType", str)
+    """The media type that body and header agree on; what the body's members say where both are silent."""
+    declared = _member(document, "mediaType", str)
     if declared and content_type and declared != content_type:
         raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
-    index, image = "manifests" in document, "layers" in document or "config" in document
-    media_type = declared or content_type or (OCI_INDEX if index else OCI_MANIFEST)
+    media_type = declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
     if not MEDIA_TYPE.fullmatch(media_type) or len(media_type) > MEDIA_TYPE_LIMIT:
         raise invalid_manifest("malformed media type")
+    return str(media_type)
+
+
+def _check_members(document: dict[str, Any], media_type: str) -> None:
+    index, image = "manifests" in document, "layers" in document or "config" in document
     if document.get("schemaVersion") != 2 or media_type.startswith(DOCKER_SCHEMA1):
         raise invalid_manifest("schemaVersion must be 2; Docker's schema 1 is not supported")
     if index == image:
         raise invalid_manifest("needs either manifests, or config and layers")
     if media_type in ((OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)):
         raise invalid_manifest(f"its members are not those of {media_type}")
-    return media_type
 
 
-def _optional(document: dict[str, Any], member: str, kind: type) -> Any:
+def _is_foreign(layer: dict[str, Any]) -> bool:
+    """Whether clients fetch a layer elsewhere, so that it need not be here."""
+    media_type = _member(layer, "mediaType", str) or ""
+    return bool(layer.get("urls")) or "nondistributable" in media_type or "foreign" in media_type
+
+
+def _member(document: dict[str, Any], name: str, kind: type) -> Any:
     """A member that may be absent or null, but is otherwise of this kind; text is a media type, so short."""
-    value = document.get(member)
+    value = document.get(name)
     if value is not None and not isinstance(value, kind):
-        raise invalid_manifest(f"{member} is of the wrong type")
+        raise invalid_manifest(f"{name} is of the wrong type")
     if isinstance(value, str) and (len(value) > MEDIA_TYPE_LIMIT or not value.isprintable()):
-        raise invalid_manifest(f"{member} is too long, or has characters that cannot be printed")
+        raise invalid_manifest(f"{name} is too long, or has characters that cannot be printed")
     return value
 
 
@@ -480,7 +463,7 @@ def _descriptors(values: object, member: str) -> list[dict[str, Any]]:
 
 def no_follow(path: str, flags: int) -> int:
     """An opener for open() that follows no link which somebody may have put into the data directory."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def is_read_only(path: str) -> bool:
@@ -489,9 +472,7 @@ def is_read_only(path: str) -> bool:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable, where the system can."""
-    if os.name != "posix":
-        return
+    """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -502,9 +483,6 @@ def sync_directory(path: str) -> None:
 @contextlib.contextmanager
 def locked_directory(path: str) -> Iterator[None]:
     """Keep other processes, and other threads that ask, from what a directory's lock stands for."""
-    if fcntl is None:
-        yield
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -514,93 +492,67 @@ def locked_directory(path: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def write_behind(write: Callable[[memoryview], None]) -> Iterator[Callable[[memoryview], None]]:
-    """A write that returns at once: the next call, and the end, wait for it and raise what it raised."""
-    from concurrent.futures import Future, ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
-
-    last: Future[None] = Future()
-    last.set_result(None)
-
-    def write_later(data: memoryview) -> None:
-        nonlocal last
-        last.result()
-        last = thread.submit(write, data)
-
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            yield write_later
-        finally:
-            last.result()
+def remove_file(path: str) -> None:
+    """Remove a file; no error if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
-def began_at(session: str) -> int:
-    """The second in which an upload session began, as its id says."""
-    return int(session[:8], 16)
+def file_state(file: str | int) -> tuple[int, int, int] | None:
+    """What tells whether a file, by path or descriptor, is still the same: time of change, size, inode."""
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
 
 
-def hashed_name(name: str) -> str:
-    """What stands for a repository in the names of its upload sessions."""
-    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
+def hash_file(file: io.FileIO, algorithm: str) -> str:
+    """The digest of what is left to read of a file. Hashing lets other threads run."""
+    running, buffer = hashlib.new(algorithm), memoryview(bytearray(COPY_SIZE))
+    while count := file.readinto(buffer):
+        running.update(buffer[:count])
+    return f"{algorithm}:{running.hexdigest()}"
 
 
-class UploadFile:
+class UploadFile(io.FileIO):
     """A file under uploads/ that this thread alone may write to, hashed as it grows.
 
     The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
     descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
-    that a file is never open for writing once it is under blobs/. But NFS takes no exclusive lock on one
-    that cannot write (flock(2)): there it can, and is not used for that.
+    that a file is never open for writing once it is under blobs/. Of a session, the file stays when this is
+    closed; any other is gone then, unless it was made a blob.
     """
 
-    _large = threading.BoundedSemaphore(LARGE_UPLOADS)
+    LARGE = threading.BoundedSemaphore(32)  # uploads at once with large buffers
 
     def __init__(
-        self,
-        path: str,
-        algorithm: str,
-        check_space: Callable[[int, int], None],
-        *,
-        create: bool = False,
-        patience: float = UPLOAD_LOCK_TIMEOUT,
+        self, files: Files, session: str, algorithm: str, *, create: bool = False, patience: float = 0.2
     ) -> None:
-        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer.
-
-        check_space is asked before the file grows, with its size and by how much, and raises what forbids it.
-        """
-        self.path = path
-        self.id = os.path.basename(path)
-        self._check_space = check_space
+        """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer."""
+        self.id = session
+        self.path = f"{files.root}/uploads/{session}"
+        self._files = files
         more = os.O_CREAT | os.O_EXCL if create else 0
-        self._file = open(  # noqa: SIM115
-            path, "rb", buffering=0, opener=lambda path, flags: no_follow(path, flags | more)
-        )
+        super().__init__(self.path, opener=lambda path, flags: no_follow(path, flags | more))
         try:
             self._lock(time.monotonic() + patience)
         except BaseException:
-            self._file.close()
+            super().close()
             raise
-        self.size = self._flushed = self.status().st_size
+        self.size = self._flushed = os.fstat(self.fileno()).st_size
         # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
         self._hash: Any = None if self.size else hashlib.new(algorithm)
 
     def _lock(self, deadline: float) -> None:
-        if fcntl is None:
-            return
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise RegistryError(ErrorCode.UPLOAD_BUSY) from None
                 time.sleep(0.005)  # expire_uploads has it for a moment, or another writer for long
-            except OSError as error:
-                if error.errno != errno.EBADF or self._file.writable():
-                    raise
-                self._file.close()
-                self._file = open(self.path, "rb+", buffering=0, opener=no_follow)  # noqa: SIM115
-        if not os.path.samestat(self.status(), os.lstat(self.path)):
+        if not os.path.samestat(os.fstat(self.fileno()), os.lstat(self.path)):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
@@ -610,71 +562,69 @@ class UploadFile:
         in the file. Once much has come, and not too many others have such, two large buffers take turns:
         one is hashed and written while the other is filled.
         """
-        self._check_space(self.size, expected or 0)
+        self._files.check_space(self.size, expected or 0)
         start, filled = self.size, 0
+        thread: Any = None  # what writes large buffers
+        writing: Any = None  # the last of these writes
         size = RECEIVE_SIZE if expected is None else min(expected + 1, RECEIVE_SIZE)  # one more: never full
-        buffers = [memoryview(bytearray(size))]
+        buffer = spare = memoryview(bytearray(size))
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(self.path, "rb+", buffering=0, opener=no_follow))
             file.seek(start)
-            write: Callable[[memoryview], None] = functools.partial(self._write, file)
             try:
-                while count := readinto(buffers[0][filled:]):
+                while count := readinto(buffer[filled:]):
                     filled += count
-                    if filled == len(buffers[0]):
+                    if filled == len(buffer):
                         filled = 0  # before the write: one that fails is not repeated below
-                        write(buffers[0])
-                        buffers.reverse()
-                        if len(buffers) == 1 and self._large.acquire(blocking=False):
-                            stack.callback(self._large.release)
-                            write = stack.enter_context(write_behind(write))
-                            buffers = [memoryview(bytearray(BUFFER_SIZE)) for _ in range(2)]
+                        if writing:
+                            writing.result()
+                            writing = thread.submit(self._write, file, buffer)
+                        else:
+                            self._write(file, buffer)
+                        buffer, spare = spare, buffer
+                        if buffer is spare and self.LARGE.acquire(blocking=False):
+                            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load
+
+                            stack.callback(self.LARGE.release)
+                            thread = stack.enter_context(ThreadPoolExecutor(1))
+                            writing = thread.submit(int)
+                            buffer, spare = (memoryview(bytearray(BUFFER_SIZE)) for _ in range(2))
             finally:
+                if writing:
+                    writing.result()
                 if filled:
-                    write(buffers[0][:filled])
+                    self._write(file, buffer[:filled])
         return self.size - start
 
     def _write(self, file: io.FileIO, data: memoryview) -> None:
-        self._check_space(self.size, len(data))
+        self._files.check_space(self.size, len(data))
         while data:
             written = file.write(data) or 0
             if self._hash:
                 self._hash.update(data[:written])
             self.size += written
             data = data[written:]
-        if self.size - self._flushed >= FLUSH_SIZE and hasattr(os, "posix_fadvise"):
+        if self.size - self._flushed >= 8 * MIB and hasattr(os, "posix_fadvise"):
             # Have the disk begin with what sync would else wait for all at once: that is what Linux does on
             # this advice, which is about pages that are no longer dirty.
             os.posix_fadvise(file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int | None = None) -> int:
         """Take back what was appended past this size."""
         self._hash = None
         with open(self.path, "rb+", buffering=0, opener=no_follow) as file:
             self.size = file.truncate(size)
+        return self.size
 
     def digest(self, algorithm: str) -> str:
         """The digest of what the file has, which is read unless it was hashed as it came."""
-        running = self._hash
-        if running is None or running.name != algorithm:
-            running = hashlib.new(algorithm)
-            buffer = memoryview(bytearray(RECEIVE_SIZE))
-            self._file.seek(0)
-            while count := self._file.readinto(buffer):
-                running.update(buffer[:count])
-        return f"{algorithm}:{running.hexdigest()}"
+        if self._hash and self._hash.name == algorithm:
+            return f"{algorithm}:{self._hash.hexdigest()}"
+        self.seek(0)
+        return hash_file(self, algorithm)
 
-    def copy_to(self, other: UploadFile) -> None:
-        """Append the bytes to another upload, also when this one has lost its name."""
-        self._file.seek(0)
-        other.append(self._file.readinto, self.size)
-
-    def _version(self) -> tuple[int, int, int]:
-        status = self.status()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def hash_state(self) -> tuple[Any, tuple[int, int, int]] | None:
+    def hash_state(self) -> tuple[Any, object] | None:
         """The running hash, and how to tell that the file still has no other bytes than those in it.
 
         Other processes write to it too, and what they write may be as long. So it is given a time of change
@@ -682,33 +632,26 @@ class UploadFile:
         """
         moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
         with contextlib.suppress(OSError):
-            os.utime(self._file.fileno(), ns=(moment, moment))
-        version = self._version()
-        return (self._hash, version) if self._hash and version[1:] == (self.size, moment) else None
+            os.utime(self.fileno(), ns=(moment, moment))
+        state = file_state(self.fileno())
+        return (self._hash, state) if self._hash and state and state[:2] == (moment, self.size) else None
 
-    def resume_hash(self, state: tuple[Any, tuple[int, int, int]] | None) -> None:
+    def resume_hash(self, state: tuple[Any, object] | None) -> None:
         """Take over the running hash that hash_state gave, unless somebody has written since."""
-        if state and state[1] == self._version():
+        if state and state[1] == file_state(self.fileno()):
             self._hash = state[0]
-
-    def status(self) -> os.stat_result:
-        """The file's size and times."""
-        return os.fstat(self._file.fileno())
-
-    def sync(self) -> None:
-        """Make the bytes durable."""
-        os.fsync(self._file.fileno())
 
     def unlink(self) -> None:
         """Remove the file from uploads/; no error if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        remove_file(self.path)
 
     def close(self) -> None:
-        """Release the lock, also if a forked child has inherited it; the file stays where it is."""
-        if fcntl:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()
+        """Release the lock, also if a forked child has inherited it."""
+        if not self.closed:
+            if "-" not in self.id:
+                self.unlink()
+            fcntl.flock(self, fcntl.LOCK_UN)
+            super().close()
 
 
 class Limits(NamedTuple):
@@ -731,32 +674,24 @@ class Files:
         """Make the directories that are missing, durably. Raises StartupError when uploads could not move."""
         for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
             path = os.path.join(self.root, directory)
-            if not os.path.isdir(path):
-                os.makedirs(
-                    path, 0o777 if directory else 0o700, exist_ok=True
-                )  # the data is its owner's alone
-                if self.durable:
-                    sync_directory(os.path.dirname(path))
-        for algorithm in ALGORITHMS:
-            self._check_rename(f"{self.root}/uploads", f"{self.root}/blobs/{algorithm}")
-
-    @staticmethod
-    def _check_rename(source: str, target: str) -> None:
-        """Try what place does. Only that tells: a device has one number, however often it is mounted."""
-        paths = f"{source}/.probe", f"{target}/.probe"
-        try:
-            os.close(no_follow(paths[0], os.O_WRONLY | os.O_CREAT))
-            os.replace(*paths)
-        except OSError as error:  # a disk that is full, say, is no reason
-            if error.errno == errno.EXDEV:
-                raise StartupError(
-                    f"{source} and {target} are different volumes, and files are renamed from one to the"
-                    " other; put the whole data directory on one volume"
-                ) from None
-        finally:
-            for path in paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            os.makedirs(path, 0o777 if directory else 0o700, exist_ok=True)  # the data is its owner's alone
+            if self.durable:
+                sync_directory(os.path.dirname(path))
+        for algorithm in ALGORITHMS:  # a device has one number however often it is mounted: only a try tells
+            paths = f"{self.root}/uploads/.probe", f"{self.root}/blobs/{algorithm}/.probe"
+            try:
+                os.close(no_follow(paths[0], os.O_WRONLY | os.O_CREAT))
+                os.replace(*paths)
+            except OSError as error:  # a disk that is full, say, is no reason
+                if error.errno == errno.EXDEV:
+                    raise StartupError(
+                        f"uploads and blobs/{algorithm} in {self.root} are different volumes, and files are"
+                        " renamed from one to the other; put the whole data directory on one volume"
+                    ) from None
+            finally:
+                for path in paths:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
 
     def path(self, digest: str) -> str:
         """Where the content with this digest is, or would be."""
@@ -779,8 +714,7 @@ class Files:
     def place(self, upload: UploadFile, digest: str) -> None:
         """Make an upload the content with this digest, durably: the only way into blobs/.
 
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest. A file that is there
-        already is replaced by its equal, which mends a damaged one.
+        A file that is there already is replaced, which mends a damaged one. Raises DIGEST_INVALID.
         """
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
@@ -788,7 +722,7 @@ class Files:
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.durable:
             try:
-                upload.sync()
+                os.fsync(upload.fileno())
             except OSError:
                 upload.unlink()  # tried again, what the system dropped might count as written (see _sync_log)
                 raise
@@ -800,11 +734,10 @@ class Files:
     def is_being_placed(self, digest: str) -> bool:
         """Whether a content has just been placed, and its upload waits for the row that will name it."""
         path = self.path(digest)
-        if fcntl is None or not stat.S_ISREG(os.lstat(path).st_mode):
-            return False
         try:
-            with open(path, "rb", buffering=0, opener=no_follow) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                with open(path, "rb", buffering=0, opener=no_follow) as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             return isinstance(error, BlockingIOError)
         return False
@@ -820,8 +753,7 @@ class Files:
 
     def remove(self, digest: str) -> None:
         """Remove the content; no error if it is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(digest))
+        remove_file(self.path(digest))
 
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
@@ -832,81 +764,68 @@ class Files:
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
-        largest = self._limits.max_blob_size
+        largest, reserved = self._limits
         if largest is not None and size + more > largest:
             raise RegistryError(ErrorCode.BLOB_TOO_LARGE, f"more than {largest} bytes")
-        if self._limits.min_free and self.free_space() - more < self._limits.min_free:
+        if reserved and shutil.disk_usage(self.root).free - more < reserved:
             raise RegistryError(ErrorCode.STORAGE_FULL)
 
-    def free_space(self) -> int:
-        """How many bytes of the disk are left."""
-        return shutil.disk_usage(self.root).free
-
     def keep_reserve(self) -> None:
-        """Have some space set aside, if there is plenty, for release_reserve to give up one day."""
-        path = f"{self.root}/reserve"
+        """Set some space aside while there is plenty, to give up when the disk is full: for deletions."""
+        path, free = f"{self.root}/reserve", shutil.disk_usage(self.root).free
         try:
-            if not self.durable or os.path.lexists(path) or self.free_space() <= 2 * RESERVE_SIZE:
-                return
-            with open(path, "wb", buffering=0, opener=no_follow) as file:
-                file.write(bytes(RESERVE_SIZE))
+            if free < RESERVE_SIZE:
+                remove_file(path)
+            elif self.durable and free > 2 * RESERVE_SIZE and not os.path.lexists(path):
+                with open(path, "wb", buffering=0, opener=no_follow) as file:
+                    file.write(bytes(RESERVE_SIZE))
         except OSError:  # a quota, say: then there is none
-            self._remove_reserve()
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
-    def release_reserve(self) -> None:
-        """Give up the space set aside if the disk is full, so that the database can record deletions."""
-        if self.free_space() < RESERVE_SIZE:
-            self._remove_reserve()
-
-    def collected_at(self) -> float:
-        """When a daemon last collected garbage; now, and noted, if none did."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.stat(f"{self.root}/last-gc").st_mtime
-        with contextlib.suppress(OSError):  # the disk may be full
-            self.note_collection()
-        return time.time()
-
-    def note_collection(self) -> None:
-        """Have collected_at say now, whoever asks and when."""
-        with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
-            os.utime(file.fileno())
-
-    def _remove_reserve(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{self.root}/reserve")
+    def collected_at(self, *, now: bool = False) -> float:
+        """When a daemon last collected garbage: now, and noted, if that is said, or if none did."""
+        try:
+            with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
+                if now:
+                    os.utime(file.fileno())
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:  # the disk may be full
+            return time.time()
 
     def new_upload(self, algorithm: str, repository: str | None = None) -> UploadFile:
         """A new upload, locked: a session of a repository, or one that ends with this request."""
         owner = f"-{algorithm}-{hashed_name(repository)}" if repository else ""
         for _ in range(10):
-            path = f"{self.root}/uploads/{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
+            name = f"{int(time.time()):08x}{secrets.token_hex(12)}{owner}"
             with contextlib.suppress(FileNotFoundError):
-                return UploadFile(path, algorithm, self.check_space, create=True)
+                return UploadFile(self, name, algorithm, create=True)
             with contextlib.suppress(FileExistsError):  # expire_uploads was there before the lock
                 os.mkdir(f"{self.root}/uploads")  # else somebody has removed the directory
-        raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", path)
+        raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", f"{self.root}/uploads")
 
-    def open_upload(self, session: str, patience: float = UPLOAD_LOCK_TIMEOUT) -> UploadFile:
-        """The upload with this id, locked. Raises FileNotFoundError, UPLOAD_BUSY."""
-        algorithm = session.split("-")[1] if "-" in session else "sha256"
-        return UploadFile(f"{self.root}/uploads/{session}", algorithm, self.check_space, patience=patience)
+    def open_upload(self, name: str, **options: Any) -> UploadFile:
+        """The upload with this name, locked. Takes and raises what UploadFile does."""
+        algorithm = name.split("-")[1] if "-" in name else "sha256"
+        return UploadFile(self, name, algorithm, **options)
 
-    def session_size(self, repository: str, session: str) -> int:
-        """How many bytes an upload session of this repository has. Raises BLOB_UPLOAD_UNKNOWN."""
-        match = UPLOAD.fullmatch(session)
-        if match and match[2] == hashed_name(repository):
-            with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(f"{self.root}/uploads/{session}")
-                if stat.S_ISREG(status.st_mode):
-                    return status.st_size
-        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
-
-    def uploads(self) -> list[os.DirEntry[str]]:
-        """All uploads under way or left behind; what else is in the directory is not ours."""
+    def uploads(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The names and states of all uploads, under way or left behind; what else is there is not ours."""
         with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.root}/uploads") as entries:
-            found = [entry for entry in entries if UPLOAD.fullmatch(entry.name)]
-            return [entry for entry in found if entry.is_file(follow_symlinks=False)]
-        return []  # somebody has removed the directory
+            for entry in entries:
+                if UPLOAD.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def began_at(upload: str) -> int:
+    """The second in which an upload began, as its name says."""
+    return int(upload[:8], 16)
+
+
+def hashed_name(name: str) -> str:
+    """What stands for a repository in the names of its upload sessions."""
+    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
 
 
 class Cache:
@@ -916,7 +835,7 @@ class Cache:
         self._limit = limit
         self._size = 0
         self._things: dict[Any, tuple[float, int, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def get(self, key: Any) -> Any:
         """What was put there, or None."""
@@ -927,31 +846,19 @@ class Cache:
         """Remember a thing; the size is of the key as well, in the unit of the limit."""
         now = time.monotonic()
         with self._lock:
-            self._remove(key)
+            self.forget(key)
             self._things[key] = now + seconds, size, thing
             self._size += size
             while self._things:
                 oldest, (expires, _, _) = next(iter(self._things.items()))
                 if self._size <= self._limit and expires > now:
                     break
-                self._remove(oldest)
+                self.forget(oldest)
 
     def forget(self, key: Any) -> None:
         """Drop what was put there."""
         with self._lock:
-            self._remove(key)
-
-    def _remove(self, key: Any) -> None:
-        self._size -= self._things.pop(key, (0.0, 0, None))[1]
-
-
-def file_state(path: str) -> tuple[int, int, int] | None:
-    """What tells whether a file is still the same: time, size and inode; None if there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+            self._size -= self._things.pop(key, (0.0, 0, None))[1]
 
 
 # === Store ============================================================================================
@@ -965,55 +872,43 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
-class LogIndex:
+_log_indexes: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # those mapped, by device and inode
+_log_indexes_lock = threading.Lock()
+
+
+def map_log_index(path: str) -> mmap.mmap | None:
     """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
 
-    SQLite writes both its copies anew before anybody can see what was committed (walformat.html, 2.1), and
-    looking at them here costs next to nothing. PRAGMA data_version tells the same, but halves the rate of
-    GETs, since each query lets other threads run.
+    SQLite writes it anew before anybody can see what was committed (walformat.html, 2.1), and a look at it
+    costs next to nothing. PRAGMA data_version tells the same, but halves the rate of GETs, since each query
+    lets other threads run. None where SQLite cannot write to the file, and may hold no lock on its size.
 
     A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
-    one: another process could then empty it. So all stores of this process share one descriptor and mapping
-    of a file, and those stay until SQLite has removed the file: when nobody has the database open any more.
+    one. So all stores of this process share one descriptor and mapping of a file, and those stay until SQLite
+    has removed the file: when nobody has the database open any more.
     """
-
-    _lock = threading.Lock()
-    _open: ClassVar[dict[tuple[int, int], tuple[int, mmap.mmap]]] = {}  # by device and inode
-
-    @classmethod
-    def map(cls, path: str) -> mmap.mmap | None:
-        """The mapping; None where SQLite cannot write to the file, and may hold no lock on its size."""
-        if fcntl is None:  # Windows, which would not let SQLite remove it
-            return None
-        with cls._lock, contextlib.suppress(OSError):
+    with _log_indexes_lock:
+        for key, (descriptor, index) in list(_log_indexes.items()):
+            if not os.fstat(descriptor).st_nlink:
+                del _log_indexes[key]
+                index.close()
+                os.close(descriptor)
+        with contextlib.suppress(OSError):
             status = os.stat(path)
             key = status.st_dev, status.st_ino
-            if key not in cls._open:
+            if key not in _log_indexes:
                 descriptor = os.open(path, os.O_RDWR)
-                index = mmap.mmap(descriptor, LOG_INDEX_HEAD, access=mmap.ACCESS_READ)
-                cls._open[key] = descriptor, index
-            return cls._open[key][1]
-        return None
-
-    @classmethod
-    def unmap_removed(cls) -> None:
-        """Let go of the files that are gone."""
-        with cls._lock:
-            for key, (descriptor, index) in list(cls._open.items()):
-                if not os.fstat(descriptor).st_nlink:
-                    del cls._open[key]
-                    index.close()
-                    os.close(descriptor)
+                index = mmap.mmap(descriptor, 96, access=mmap.ACCESS_READ)  # the two copies
+                _log_indexes[key] = descriptor, index
+            return _log_indexes[key][1]
+    return None
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection to a database that any thread may use; mode: that of SQLite's URIs."""
+    uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     connection = sqlite3.connect(
-        f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}",
-        uri=True,
-        timeout=DATABASE_TIMEOUT,
-        isolation_level=None,
-        check_same_thread=False,
+        uri, uri=True, timeout=DATABASE_TIMEOUT, isolation_level=None, check_same_thread=False
     )
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -1022,39 +917,27 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 class Database:
     """registry.db, for queries: pooled connections, and what tells whether anything was committed.
 
-    Where SQLite's locks cannot be had, which are files beside the database, it is read without, or, if its
-    log lies there, a copy of both. That holds only for as long as the files stay as they are.
+    Where SQLite's locks cannot be had, which are files beside the database, it is read without them. That
+    holds only for as long as the files stay as they are.
     """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Raises sqlite3.Error, OSError."""
         self._path = path
-        self._readers: list[sqlite3.Connection] = []  # idle; a stack, so that few stay warm
-        self._states: object = None  # of the files, where they are read without locks
-        self._copy: str | None = None  # the directory of a copy
-        self.connect = functools.partial(connect, path, "ro" if read_only else "rw")
+        self._idle: list[sqlite3.Connection] = []  # a stack, so that few stay warm
+        self._states: tuple[Any, Any] | None = None  # of the files, where they are read without locks
+        self._mode = "ro" if read_only else "rw"
         try:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
             self.close()
             if not read_only or is_busy(error):
                 raise
-            self._do_without_locks()
-        self._index = None if self._states else LogIndex.map(f"{path}-shm")
+            self._states = _, log = self._look()
+            self._mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
+        self._index = None if self._states else map_log_index(f"{path}-shm")
 
-    def _do_without_locks(self) -> None:
-        self._states = self._look()
-        log = f"{self._path}-wal"
-        if not os.path.exists(log) or not os.path.getsize(log):
-            self.connect = functools.partial(connect, self._path, "ro&immutable=1")
-            return
-        self._copy = tempfile.mkdtemp(prefix="registry-")
-        copy = os.path.join(self._copy, "registry.db")
-        for suffix in ("", "-wal"):
-            shutil.copyfile(f"{self._path}{suffix}", f"{copy}{suffix}")
-        self.connect = functools.partial(connect, copy, "rw")
-
-    def _look(self) -> object:
+    def _look(self) -> tuple[Any, Any]:
         return file_state(self._path), file_state(f"{self._path}-wal")
 
     def is_outdated(self) -> bool:
@@ -1067,26 +950,31 @@ class Database:
             return self._index[:]
         return self._states and self._look()
 
+    def connect(self) -> sqlite3.Connection:
+        """A connection for queries."""
+        connection = connect(self._path, self._mode)
+        if self._states:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # keeps the log's index in memory
+        return connection
+
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """The rows of one query."""
         try:
-            connection = self._readers.pop()
+            connection = self._idle.pop()
         except IndexError:
             connection = self.connect()
         try:
             return connection.execute(sql, parameters).fetchall()
         finally:
-            if len(self._readers) < IDLE_READERS:
-                self._readers.append(connection)
+            if len(self._idle) < 8:
+                self._idle.append(connection)
             else:
                 connection.close()
 
     def close(self) -> None:
-        """Close the idle connections, and remove the copy."""
-        while self._readers:
-            self._readers.pop().close()
-        if self._copy:
-            shutil.rmtree(self._copy, ignore_errors=True)
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
 
 
 def read_schema() -> list[str]:
@@ -1124,9 +1012,9 @@ class Store:
         self.read_only = read_only
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
         self._path = os.path.join(self.files.root, "registry.db")
-        self._cache = Cache(CACHE_SIZE)
-        self._lookups = Cache(LOOKUP_CACHE_SIZE)
-        self._hashes: dict[str, Any] = {}  # UploadFile.hash_state of sessions between requests
+        self._cache = Cache(8 * MIB)  # of small contents
+        self._lookups = Cache(4 * MIB)  # of query results
+        self._hashes = Cache(1_000)  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
         self._unremovable: set[str] = set()  # digests of files that could not be removed, and that was said
         self._write_lock = threading.Lock()
@@ -1134,22 +1022,22 @@ class Store:
         self._commits = self._synced = 0  # how many there were, and how many of them are durable
         self._unsyncable = False
         with contextlib.ExitStack() as resources:
-            resources.callback(LogIndex.unmap_removed)
             if not read_only:
                 self._open_for_writing(resources)
-            else:
-                try:
-                    os.stat(self._path)  # SQLite says no more than that it cannot open it
-                except FileNotFoundError:
-                    raise StartupError(f"there is no {self._path}, so nothing to serve read-only") from None
+            elif not os.path.exists(self._path):  # SQLite says no more than that it cannot open it
+                raise StartupError(f"there is no {self._path}, so nothing to serve read-only")
             self._database = Database(self._path, read_only=read_only)
             resources.push(lambda *_: self._database.close())
-            self._check_format(*self.query("PRAGMA user_version")[0])
+            ((version,),) = self.query("PRAGMA user_version")
+            if version != FORMAT_VERSION:
+                newer = version > FORMAT_VERSION
+                advice = "run the newer one that made it" if newer else "start without --read-only once"
+                raise StartupError(f"{self._path} has format {version}, not {FORMAT_VERSION}: {advice}")
             self._resources = resources.pop_all()
 
     def _open_for_writing(self, resources: contextlib.ExitStack) -> None:
         self.files.make_directories()
-        self.files.release_reserve()
+        self.files.keep_reserve()
         self._writer = connect(self._path, "rwc")
         resources.callback(self._writer.close)
         with locked_directory(self.files.root):  # nobody waits for a database that is being made
@@ -1157,7 +1045,6 @@ class Store:
         if self.files.durable:
             self._log = os.open(f"{self._path}-wal", os.O_RDWR)
             resources.callback(os.close, self._log)
-        self.files.keep_reserve()
 
     def _make_database(self) -> None:
         """Make the tables, or bring those of format 1 up to date, in one transaction (schema.sql)."""
@@ -1171,28 +1058,12 @@ class Store:
         self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
         self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
         self._writer.execute("PRAGMA foreign_keys = ON")
-        if version:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self.files.root}/generation")  # which format 1 told commits by
-
-    def _check_format(self, version: int) -> None:
-        if version > FORMAT_VERSION:
-            raise StartupError(
-                f"{self._path} has format {version}, and this registry.py knows {FORMAT_VERSION}: "
-                "run the newer registry.py that made it"
-            )
-        if not version:
-            raise StartupError(f"{self._path} is empty, and so there is nothing to serve read-only")
-        if version < FORMAT_VERSION:
-            raise StartupError(f"{self._path} has format {version}: start without --read-only once")
+        remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
 
     def close(self) -> None:
-        """Close the database. No other method may be called again.
-
-        Does nothing while one is still running that waits for the write lock or has it, such as for a
-        request that did not end in time: SQLite does not survive what it works with being closed.
-        """
+        """Close the database. No other method may be called again."""
         self.flush_pulls()
+        # A request that did not end in time may have the lock: SQLite does not survive being closed then.
         if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
             self._resources.close()
             self._write_lock.release()
@@ -1201,20 +1072,19 @@ class Store:
 
     def query(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query."""
-        database = self._database
-        try:
-            rows = database.query(sql, parameters)
-        except sqlite3.DatabaseError:
-            if not database.is_outdated():
-                raise
-        else:
-            if not database.is_outdated():
-                return rows
-        with self._write_lock:
-            if self._database is database:
-                self._database = Database(self._path, read_only=True)
-                database.close()
-        return self.query(sql, *parameters)
+        while True:
+            database = self._database
+            try:
+                rows = database.query(sql, parameters)
+                if not database.is_outdated():
+                    return rows
+            except sqlite3.DatabaseError:
+                if not database.is_outdated():
+                    raise
+            with self._write_lock:
+                if self._database is database:
+                    self._database = Database(self._path, read_only=True)
+                    database.close()
 
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
@@ -1227,7 +1097,7 @@ class Store:
         rows = self.query(sql, *parameters)
         if rows and generation is not None:
             size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
-            if size <= LOOKUP_SIZE:
+            if size <= 32 * KIB:
                 self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
@@ -1244,7 +1114,6 @@ class Store:
         """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
         durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
-        Raises sqlite3.OperationalError, for which is_busy holds, when it waits for the lock for too long.
         """
         if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
             with contextlib.closing(self._database.connect()) as db:
@@ -1252,7 +1121,7 @@ class Store:
             return
         deadline = time.monotonic() + timeout
         if frees:
-            self.files.release_reserve()
+            self.files.keep_reserve()
         if not self._write_lock.acquire(timeout=timeout):
             raise sqlite3.OperationalError("database is locked")
         try:
@@ -1277,11 +1146,10 @@ class Store:
         """Wait until a commit of this store, or else all that anybody has committed by now, is on the disk.
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
-        the disk takes its time, and one sync serves all who committed before it began, the more the slower
-        the disk is. What a commit builds on lies before it in the log. Should the log be begun anew before
-        the sync, by whatever process, then SQLite has synced it, and the database with all it said, before
-        (wal.html, 3); it syncs the log's new head, and a new log's name, too. While this store has the
-        database open, nobody removes the log, so the descriptor is always that of the right file.
+        the disk takes its time, and one sync serves all who committed before it began. What a commit builds
+        on lies before it in the log. Before the log is begun anew, by whatever process, SQLite syncs it, and
+        the database with all it said (wal.html, 3). While this store has the database open, nobody removes
+        the log, so the descriptor is always that of the right file.
 
         A sync that failed is not tried again: the system may have dropped what it could not write, and would
         report success. Nothing is acknowledged then until a restart, which reads the log up to what is bad.
@@ -1302,11 +1170,10 @@ class Store:
 
     @contextlib.contextmanager
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
-        """A transaction for the rows of a content that is on disk under its digest by then.
+        """A transaction for the rows of a content that is put on disk before, so that nobody waits for that.
 
-        It is put there before, so that others need not wait for that. Should it have been collected until
-        the transaction begins, the bytes, which are still open, are put there again. If the transaction
-        fails, the file goes unless it has a row: others who are about to give it one look first.
+        Should it have been collected until the transaction begins, the bytes, which are still open, are put
+        there again. If the transaction fails, the file goes unless it has a row.
         """
         self.files.place(upload, digest)
         try:
@@ -1316,8 +1183,9 @@ class Store:
                         if os.path.lexists(self.files.path(digest)):
                             yield db
                             return
-                    copy = copies.enter_context(self.new_upload(algorithm_of(digest)))
-                    upload.copy_to(copy)
+                    copy = copies.enter_context(self.files.new_upload(algorithm_of(digest)))
+                    upload.seek(0)
+                    copy.append(upload.readinto, upload.size)
                     self.files.place(copy, digest)
         except BaseException:
             suppress, timeout = contextlib.suppress(OSError, sqlite3.Error), OPTIONAL_WRITE_TIMEOUT
@@ -1326,15 +1194,19 @@ class Store:
                     self.files.remove(digest)
             raise
 
-    def _require_repository(self, name: str) -> int:
-        """A repository's id. Raises NAME_UNKNOWN."""
-        rows = self.query_cached("SELECT id FROM repositories WHERE name = ?", name)
-        if not rows:
-            raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
-        return int(rows[0][0])
+    def _change_if_possible(self, sql: str, rows: list[tuple[Any, ...]]) -> int | None:
+        """Run a statement for each row; how many changed, None if the disk is full or the database busy."""
+        try:
+            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
+                return db.executemany(sql, rows).rowcount
+        except (OSError, sqlite3.OperationalError) as error:
+            if not is_out_of_space(error) and not is_busy(error):
+                raise
+            return None
 
-    @staticmethod
-    def _link(db: sqlite3.Connection, name: str, digest: str, size: int) -> int:
+    RENEW_LEASE = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
+
+    def _link(self, db: sqlite3.Connection, name: str, digest: str, size: int) -> int:
         """Record a content that is on disk, and that a repository serves it. Returns the repository's id."""
         db.execute("INSERT INTO repositories (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
         db.execute(
@@ -1347,30 +1219,18 @@ class Store:
             "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, leased_at) VALUES (?, ?, 0)",
             (repository, digest),
         )
-        Store._renew_lease(db, repository, digest)
+        db.execute(self.RENEW_LEASE, (int(time.time()), repository, digest))
         return int(repository)
-
-    @staticmethod
-    def _renew_lease(db: sqlite3.Connection, repository: int, digest: str) -> bool:
-        """Note that a client now knows that a content is here; whether it is."""
-        sql = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
-        return db.execute(sql, (int(time.time()), repository, digest)).rowcount > 0
 
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here.
 
-        On a full disk, or while the database is busy, that cannot be recorded. The answer stands all the
-        same: it serves pulls, and a push that follows is likely to fail as well.
+        Where that cannot be recorded, the answer stands: it serves pulls, and a push would fail as well.
         """
-        if self.read_only or time.time() - leased_at < LEASE_SLACK:
+        now = time.time()
+        if self.read_only or now - leased_at < LEASE_SLACK:
             return True
-        try:
-            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
-                return self._renew_lease(db, repository, digest)
-        except (OSError, sqlite3.OperationalError) as error:
-            if is_out_of_space(error) or is_busy(error):
-                return True
-            raise
+        return self._change_if_possible(self.RENEW_LEASE, [(int(now), repository, digest)]) != 0
 
     # --- Contents
 
@@ -1389,31 +1249,24 @@ class Store:
         self._cache.put(descriptor.digest, content, size=len(content) + CACHE_ENTRY_SIZE)
         return content
 
-    def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
-        """A blob that the repository is linked to. Raises BLOB_UNKNOWN.
+    BLOB = (
+        "SELECT size, repository_id, leased_at, needed_by FROM contents WHERE repository = ? AND digest = ?"
+    )
 
-        lease: garbage collection shall leave it alone for the grace period.
-        """
-        rows = self.query_cached(
-            "SELECT size, repository_id, leased_at FROM contents WHERE repository = ? AND digest = ?",
-            name,
-            digest,
-        )
-        if not rows or (lease and not self._lease(rows[0][1], digest, rows[0][2])):
-            raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-        return Descriptor(OCTET_STREAM, digest, rows[0][0])
+    def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
+        """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
+        for size, repository, leased_at, _ in self.query_cached(self.BLOB, name, digest):
+            if not lease or self._lease(repository, digest, leased_at):
+                return Descriptor(OCTET_STREAM, digest, size)
+        raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
 
     def delete_blob(self, name: str, digest: str) -> None:
-        """Unlink a blob from a repository; its file goes with its last link.
-
-        Raises BLOB_UNKNOWN, or STILL_NEEDED while a manifest of the repository needs it or is it.
-        """
+        """Unlink a blob; its file goes with its last link. Raises BLOB_UNKNOWN, STILL_NEEDED."""
         with self.transaction(frees=True) as db:
-            sql = "SELECT repository_id, needed_by FROM contents WHERE repository = ? AND digest = ?"
-            rows = db.execute(sql, (name, digest)).fetchall()
-            if not rows:
+            row = db.execute(self.BLOB, (name, digest)).fetchone()
+            if row is None:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-            ((repository, needed_by),) = rows
+            _, repository, _, needed_by = row
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
@@ -1422,16 +1275,12 @@ class Store:
     @staticmethod
     def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
         """Drop a link and all that hangs on it; a blob's row goes with its last link (schema.sql)."""
-        db.execute(
-            "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?", (repository, digest)
-        )
+        sql = "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?"
+        db.execute(sql, (repository, digest))
 
     def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
-        """Within a transaction: forget a content in every repository, so that clients push it again.
-
-        What a manifest among them needed is left alone for the grace period, to be found by that push.
-        """
-        db.execute(
+        """Within a transaction: forget a content in every repository, so that clients push it again."""
+        db.execute(  # what a manifest needed is left alone for the grace period, to be found by that push
             "UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN"
             " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
             (int(time.time()), digest),
@@ -1449,7 +1298,7 @@ class Store:
     def remove_files(self, digests: Iterable[str]) -> None:
         """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
 
-        One that cannot be removed stays among the pending deletes, and is tried again by remove_pending.
+        One that cannot be removed stays among the pending deletes, for remove_pending to try again.
         """
         sql = "SELECT 1 FROM pending_deletes WHERE digest = ?"
         with self.transaction(durable=False, frees=True) as db:
@@ -1462,77 +1311,53 @@ class Store:
                     self.files.remove(digest)
                 except OSError as error:
                     if digest not in self._unremovable:
-                        self._unremovable.add(digest)
-                        report = f"cannot remove {self.files.path(digest)}, will try again: {error.strerror}"
-                        write_log(f"registry.py: {report}")
-                    continue
-                self._unremovable.discard(digest)
-                db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
+                        path = self.files.path(digest)
+                        write_log(f"registry.py: cannot remove {path}, will try again: {error.strerror}")
+                    self._unremovable.add(digest)
+                else:
+                    self._unremovable.discard(digest)
+                    db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
 
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
-        try:
-            blob = self.blob(source, digest)
-        except RegistryError:
-            return False
-        file = self.files.open(digest, blob.size)
+        rows = self.query_cached(self.BLOB, source, digest)
+        file = self.files.open(digest, rows[0][0]) if rows else None
         if file is None:
             return False
         file.close()
         with self.transaction() as db:
-            sql = "SELECT 1 FROM contents WHERE repository = ? AND digest = ?"
-            if not db.execute(sql, (source, digest)).fetchall():
-                return False
-            self._link(db, name, digest, blob.size)
-        return True
+            row = db.execute(self.BLOB, (source, digest)).fetchone()
+            if row is not None:
+                self._link(db, name, digest, row[0])
+        return row is not None
 
     def repositories_with(self, digest: str, limit: int) -> list[str]:
         """The names of up to so many repositories that are linked to a blob, in no order."""
-        rows = self.query(
-            "SELECT r.name FROM repository_blobs l JOIN repositories r ON r.id = l.repository_id"
-            " WHERE l.digest = ? LIMIT ?",
-            digest,
-            limit,
-        )
-        return [name for (name,) in rows]
+        sql = "SELECT repository FROM contents WHERE digest = ? LIMIT ?"
+        return [name for (name,) in self.query(sql, digest, limit)]
 
     # --- Uploads
-
-    @contextlib.contextmanager
-    def new_upload(self, algorithm: str) -> Iterator[UploadFile]:
-        """A file to receive one content at once; gone afterwards unless it was made a blob."""
-        upload = self.files.new_upload(algorithm)
-        try:
-            yield upload
-        finally:
-            upload.unlink()
-            upload.close()
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
         self.files.check_space(0, 0)
-        upload = self.files.new_upload(algorithm, name)
-        upload.close()
-        return upload.id
+        with self.files.new_upload(algorithm, name) as upload:
+            return upload.id
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to; one that there is no room for is dropped.
-
-        Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY.
-        """
+        """An upload session to write to, dropped on a full disk. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
             upload = self.files.open_upload(session)
         except FileNotFoundError:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
         try:
-            upload.resume_hash(self._hashes.pop(session, None))
+            upload.resume_hash(self._hashes.get(session))
+            self._hashes.forget(session)
             yield upload
-            if os.path.lexists(upload.path) and (state := upload.hash_state()):
-                if len(self._hashes) >= HASH_LIMIT:
-                    self._hashes.clear()  # those sessions are hashed at their end
-                self._hashes[session] = state
+            if os.path.lexists(upload.path):
+                self._hashes.put(session, upload.hash_state(), UPLOAD_LIFETIME)
         except Exception as error:
             if is_out_of_space(error):
                 upload.unlink()
@@ -1542,7 +1367,13 @@ class Store:
 
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""
-        return self.files.session_size(name, session)
+        match = UPLOAD.fullmatch(session)
+        if match and match[2] == hashed_name(name):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(f"{self.files.root}/uploads/{session}")
+                if stat.S_ISREG(status.st_mode):
+                    return status.st_size
+        raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
 
     def cancel_session(self, name: str, session: str) -> None:
         """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
@@ -1550,10 +1381,7 @@ class Store:
             upload.unlink()
 
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
-        """Make an upload the repository's blob of this digest, durably.
-
-        Raises DIGEST_INVALID, and drops the upload, when its bytes have another digest.
-        """
+        """Make an upload the repository's blob of this digest, durably. Raises what Files.place does."""
         with self._placed(upload, digest) as db:
             repository = self._link(db, name, digest, upload.size)
             now, began = int(time.time()), began_at(upload.id)
@@ -1565,37 +1393,29 @@ class Store:
                 )
 
     def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
-        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request.
+        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
 
-        An upload that is being written to is left alone.
-        """
-        uploads = self.files.uploads()
-        for session in self._hashes.keys() - {entry.name for entry in uploads}:
-            self._hashes.pop(session, None)  # another process has finished it
-        for entry in uploads:
+        def is_left_behind(name: str, status: os.stat_result) -> bool:
+            return "-" not in name or abs(time.time() - status.st_mtime) > lifetime  # by a wrong clock, maybe
+
+        for name, status in self.files.uploads():
             try:
-                if self._is_left_behind(entry.name, entry.stat(follow_symlinks=False), lifetime):
-                    with contextlib.closing(self.files.open_upload(entry.name, patience=0.0)) as upload:
-                        if self._is_left_behind(entry.name, upload.status(), lifetime):
+                if is_left_behind(name, status):
+                    with self.files.open_upload(name, patience=0.0) as upload:
+                        if is_left_behind(name, os.fstat(upload.fileno())):
                             upload.unlink()
             except (RegistryError, FileNotFoundError):
                 pass  # it is being written to, or was finished just now
             except OSError as error:
                 write_log(f"registry.py: cannot remove an upload: {error}")
 
-    @staticmethod
-    def _is_left_behind(session: str, status: os.stat_result, lifetime: float) -> bool:
-        """Whether nobody comes back to an upload that is not locked. Its time may be a wrong clock's."""
-        return "-" not in session or abs(time.time() - status.st_mtime) > lifetime
-
     def pushes_since(self, since: float) -> dict[str, int]:
         """When the oldest upload written to since then began, by the hashed name of its repository."""
         began: dict[str, int] = {}
-        for entry in self.files.uploads():
-            with contextlib.suppress(FileNotFoundError):
-                if "-" in entry.name and entry.stat(follow_symlinks=False).st_mtime >= since:
-                    owner = entry.name.rpartition("-")[2]
-                    began[owner] = min(began_at(entry.name), began.get(owner, sys.maxsize))
+        for name, status in self.files.uploads():
+            if "-" in name and status.st_mtime >= since:
+                owner = name.rpartition("-")[2]
+                began[owner] = min(began_at(name), began.get(owner, sys.maxsize))
         return began
 
     # --- Manifests
@@ -1608,18 +1428,19 @@ class Store:
     )
 
     def manifest(self, name: str, reference: str, *, lease: bool = False) -> Descriptor:
-        """A manifest by tag or digest. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN.
+        """A manifest by tag or digest; lease as for a blob. Raises MANIFEST_UNKNOWN, NAME_UNKNOWN."""
+        for row in self.query_cached(self.MANIFEST, name, reference, reference):
+            media_type, digest, size, repository, leased_at, _ = row
+            if not lease or self._lease(repository, digest, leased_at):
+                return Descriptor(media_type, digest, size)
+        self._require_repository(name)
+        raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
 
-        lease: garbage collection shall leave it alone for the grace period.
-        """
-        rows = self.query_cached(self.MANIFEST, name, reference, reference)
-        if not rows:
-            self._require_repository(name)
-            raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        ((media_type, digest, size, repository, leased_at, _),) = rows
-        if lease and not self._lease(repository, digest, leased_at):
-            raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-        return Descriptor(media_type, digest, size)
+    def _require_repository(self, name: str) -> int:
+        """A repository's id. Raises NAME_UNKNOWN."""
+        for (repository,) in self.query_cached("SELECT id FROM repositories WHERE name = ?", name):
+            return int(repository)
+        raise RegistryError(ErrorCode.NAME_UNKNOWN, name)
 
     def note_pull(self, name: str, digest: str) -> None:
         """Remember, until flush_pulls, that a manifest was pulled now."""
@@ -1629,19 +1450,12 @@ class Store:
     def flush_pulls(self) -> None:
         """Record what was pulled since the last time. On a full disk, or a busy database, that waits."""
         pulled, self._pulled = self._pulled, {}
-        if not pulled:
-            return
+        sql = (
+            "UPDATE manifests SET pulled_at = ?"
+            " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?"
+        )
         rows = [(moment, name, digest) for (name, digest), moment in pulled.items()]
-        try:
-            with self.transaction(durable=False, timeout=OPTIONAL_WRITE_TIMEOUT) as db:
-                db.executemany(
-                    "UPDATE manifests SET pulled_at = ?"
-                    " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?",
-                    rows,
-                )
-        except (OSError, sqlite3.OperationalError) as error:
-            if not is_out_of_space(error) and not is_busy(error):
-                raise
+        if rows and self._change_if_possible(sql, rows) is None:
             self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
@@ -1660,40 +1474,36 @@ class Store:
         Raises DIGEST_INVALID, and MANIFEST_BLOB_UNKNOWN with each digest that is required and absent.
         """
         digest = reference if is_digest(reference) else digest_of(content)
-        descriptor = manifest.descriptor(digest, len(content)) if manifest.subject else None
-        with self.new_upload(algorithm_of(digest)) as upload:
+        with self.files.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             with self._placed(upload, digest) as db:
-                before = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
-                repository = self._link(db, name, digest, len(content))
-                self._record_manifest(db, repository, digest, manifest, descriptor)
+                before = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
+                repository, now = self._link(db, name, digest, len(content)), int(time.time())
+                db.execute(  # pushed again, one whose body names no media type may bring another
+                    "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
+                    " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
+                    " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
+                    (
+                        repository,
+                        digest,
+                        manifest.media_type,
+                        manifest.artifact_type,
+                        manifest.subject,
+                        now,
+                        now,
+                    ),
+                )
+                if manifest.subject:
+                    described = manifest.descriptor(digest, len(content))
+                    db.execute("REPLACE INTO referrers VALUES (?, ?, ?)", (repository, digest, described))
                 self._record_references(db, repository, digest, manifest)
                 db.executemany(
                     "INSERT INTO tags VALUES (?, ?, ?)"
                     " ON CONFLICT (repository_id, name) DO UPDATE SET digest = excluded.digest",
                     [(repository, tag, digest) for tag in (reference, *tags) if tag != digest],
                 )
-                check(before[0][1] if before else None)
+                check(before and before[1])
         return digest
-
-    @staticmethod
-    def _record_manifest(
-        db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest, descriptor: bytes | None
-    ) -> None:
-        """Pushed again, a manifest whose body names no media type may bring another one."""
-        now = int(time.time())
-        db.execute(
-            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
-            " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
-            (repository, digest, manifest.media_type, manifest.artifact_type, manifest.subject, now, now),
-        )
-        if descriptor:
-            db.execute(
-                "INSERT INTO referrers VALUES (?, ?, ?)"
-                " ON CONFLICT (repository_id, digest) DO UPDATE SET descriptor = excluded.descriptor",
-                (repository, digest, descriptor),
-            )
 
     def _record_references(
         self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
@@ -1703,19 +1513,17 @@ class Store:
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
         needs[digest] = True
         rows = sorted(needs.items())
-        for start in range(0, len(rows), REFERENCE_STEP):
-            some = rows[start : start + REFERENCE_STEP]
+        for start in range(0, len(rows), 400):  # SQLite before 3.32 takes 999 parameters
+            some = rows[start : start + 400]
             values = ", ".join(["(?, ?)"] * len(some))
             db.execute(
                 "INSERT INTO manifest_references SELECT ?, ?, column1, column2"
                 f" FROM (VALUES {values}) WHERE 1 ON CONFLICT (repository_id, manifest, child)"
                 " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
-                (repository, digest, *(value for row in some for value in row)),
+                (repository, digest, *itertools.chain.from_iterable(some)),
             )
         missing = db.execute(
-            "SELECT child FROM manifest_references c WHERE repository_id = ? AND manifest = ? AND required"
-            " AND NOT EXISTS (SELECT 1 FROM repository_blobs l"
-            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child) LIMIT ?",
+            "SELECT child FROM missing_children WHERE repository_id = ? AND manifest = ? LIMIT ?",
             (repository, digest, DETAIL_LIMIT),
         ).fetchall()
         if missing and not self.sparse:
@@ -1724,17 +1532,16 @@ class Store:
     def delete_manifest(
         self, name: str, reference: str, check: Callable[[str], object] = lambda digest: None
     ) -> None:
-        """Remove a tag and nothing else, or by its digest a manifest and its tags.
+        """Remove a tag and nothing else, or by its digest a manifest and its tags; check as for put_manifest.
 
-        check is called with the digest of what is there, and raises what forbids it.
         Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED.
         """
         self._require_repository(name)
         with self.transaction(frees=True) as db:
-            rows = db.execute(self.MANIFEST, (name, reference, reference)).fetchall()
-            if not rows:
+            row = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
+            if row is None:
                 raise RegistryError(ErrorCode.MANIFEST_UNKNOWN, f"{name} {reference}")
-            ((_, digest, _, repository, _, needed_by),) = rows
+            _, digest, _, repository, _, needed_by = row
             if reference == digest and needed_by > 1:  # by an index, and not just by itself
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             check(digest)
@@ -1767,8 +1574,8 @@ class Store:
         """
         about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
         rows = self.query_cached(
-            f"SELECT repository_id, digest, length(d.descriptor),"
-            f" CASE WHEN length(d.descriptor) <= {4 * KIB} THEN d.descriptor END"
+            "SELECT repository_id, digest, length(d.descriptor),"
+            " CASE WHEN length(d.descriptor) <= 4096 THEN d.descriptor END"
             " FROM manifests m JOIN referrers d USING (repository_id, digest)"
             " WHERE m.repository_id = (SELECT id FROM repositories WHERE name = ?) AND m.subject = ?"
             f" AND m.digest > ?{' AND m.artifact_type = ?' if artifact_type else ''}"
@@ -2317,56 +2124,46 @@ def _tokens(sql: str) -> list[str]:
 # === Access ===========================================================================================
 
 
-class WatchedFiles(Generic[T]):
-    """What some files hold, loaded again when they change.
+class WatchedFiles:
+    """What some files hold, loaded again when they change; if that fails, the old goes on to hold."""
 
-    A change that breaks them, or removes one, is logged, and what was read before goes on to hold.
-    """
-
-    def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:
-        """load raises OSError or ValueError. Raises StartupError if it does so the first time."""
-        self._paths, self._load = paths, load
+    def __init__(self, load: Callable[..., Any], *paths: str | None) -> None:
+        """load takes the paths that are not None. Raises StartupError when it raises OSError, ValueError."""
+        self._load, self._paths = load, [path for path in paths if path is not None]
         self._lock = threading.Lock()  # one thread loads; the others go on with what there is
-        self._seen = self._signature()
-        try:
-            self._value = load()
-        except (OSError, ValueError) as error:
-            raise StartupError(f"cannot use {', '.join(paths)}: {error}") from error
+        self._seen = [file_state(path) for path in self._paths]
+        with explain_failure(f"cannot use {', '.join(self._paths)}"):
+            self._value = load(*self._paths)
 
-    def get(self) -> T:
+    def get(self) -> Any:
         """The current value."""
-        if self._signature() != self._seen and self._lock.acquire(blocking=False):
+        seen = [file_state(path) for path in self._paths]
+        if seen != self._seen and self._lock.acquire(blocking=False):
             try:
-                self._seen = self._signature()
-                self._value = self._load()
+                self._seen = seen
+                self._value = self._load(*self._paths)
             except (OSError, ValueError) as error:
-                report = f"keeping what was read before from {', '.join(self._paths)}: {error}"
-                write_log(f"registry.py: {report}")
+                write_log(f"registry.py: going on with the old contents of {', '.join(self._paths)}: {error}")
             finally:
                 self._lock.release()
         return self._value
 
-    def _signature(self) -> list[tuple[int, int, int] | None]:
-        return [file_state(path) for path in self._paths]
+
+def load_certificate(certificate: str, key: str | None = None) -> ssl.SSLContext:
+    """What TLS is spoken with, from PEM files. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    context.load_cert_chain(certificate, key)
+    return context
 
 
-def hash_password(password: str) -> str:
-    """A password's scrypt hash, salted, as a line of the users file holds it."""
-    salt = secrets.token_bytes(16)
-    value = _scrypt(password, salt, SCRYPT_LN, 8, 1)
-    return f"$scrypt$ln={SCRYPT_LN},r=8,p=1${_base64(salt)}${_base64(value)}"
-
-
-def _scrypt(password: str, salt: bytes, ln: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii").rstrip("=")
-
-
-def _unbase64(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+def hash_password(password: str, salt: bytes = b"", ln: int = 14, r: int = 8, p: int = 1) -> str:
+    """A password's scrypt hash as a line of the users file holds it; with a new salt, if none is given."""
+    salt = salt or secrets.token_bytes(16)
+    value = hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
+    encoded = (base64.b64encode(part).decode("ascii").rstrip("=") for part in (salt, value))
+    return "$".join((f"$scrypt$ln={ln},r={r},p={p}", *encoded))
 
 
 @functools.lru_cache(maxsize=1)
@@ -2381,54 +2178,56 @@ def system_crypt() -> Callable[[str, str], str] | None:
             return str((compute(password.encode(), setting.encode()) or b"*").decode("latin-1"))
 
     for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.dylib"):
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             compute: Any = ctypes.CDLL(library).crypt
-        except (OSError, AttributeError):
-            continue
-        compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
-        return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
+            compute.restype, compute.argtypes = ctypes.c_char_p, (ctypes.c_char_p, ctypes.c_char_p)
+            return crypt if crypt("", "$2b$04$" + "." * 22).startswith("$2b$04$") else None
     return None
-
-
-SCRYPT_HASH = re.compile(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
-BCRYPT_HASH = re.compile(r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}")  # more would take 8 seconds
 
 
 def password_check(hashed: str) -> Callable[[str], bool]:
     """What tells whether a password is the one behind a hash. Raises ValueError if this machine cannot."""
-    match = SCRYPT_HASH.fullmatch(hashed)
+    match = re.fullmatch(r"\$scrypt\$ln=(\d\d?),r=(\d\d?),p=(\d\d?)\$([\w+/]+)\$[\w+/]{43}", hashed, re.ASCII)
     if match:
-        ln, r, p = int(match[1]), int(match[2]), int(match[3])
-        salt, expected = _unbase64(match[4]), _unbase64(match[5])
+        ln, r, p = map(int, match.groups()[:3])
+        salt = base64.b64decode(match[4] + "==")  # which takes more than it needs
         if not ln or 128 * r << ln > SCRYPT_MEMORY:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
-        _scrypt("", salt, 1, r, p)  # raises ValueError for what it cannot do
-        return lambda password: hmac.compare_digest(_scrypt(password, salt, ln, r, p), expected)
-    if BCRYPT_HASH.fullmatch(hashed) and (crypt := system_crypt()):
+        hash_password("", salt, 1, r, p)  # raises ValueError for what it cannot do
+        value = hashed[-43:]  # how the rest is written may differ
+        return lambda password: hmac.compare_digest(hash_password(password, salt, ln, r, p)[-43:], value)
+    costs = "0[4-9]|1[0-6]"  # more would take 8 seconds
+    if re.fullmatch(rf"\$2[aby]\$(?:{costs})\$[./A-Za-z0-9]{{53}}", hashed) and (crypt := system_crypt()):
         return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
     raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
 
-Users = dict[str, tuple[str, Callable[[str], bool]]]  # their hashes, and what checks them
+def read_lines(parse: Callable[[str], Any], *paths: str) -> list[Any]:
+    """What the lines of text files say, except comments. Raises OSError, and parse's ValueError."""
+    parsed = []
+    for path in paths:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+            try:
+                if line and not line.startswith("#"):
+                    parsed.append(parse(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return parsed
 
 
-def load_users(path: str) -> Users:
-    """The users of an htpasswd file: their hashes, and what checks them. Raises OSError, ValueError."""
-    users = {}
-    for number, line in _lines(path):
-        name, colon, hashed = line.partition(":")
-        if not colon or not name or not hashed:
-            raise ValueError(f"line {number} is not name:hash")
-        if name in users:
-            raise ValueError(f"line {number} is another one for {name}")
-        try:
-            users[name] = hashed, password_check(hashed)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+def load_users(*paths: str) -> dict[str, Any]:
+    """The users of htpasswd files: their hashes, and what checks them. Raises OSError, ValueError."""
+    users: dict[str, tuple[str, Callable[[str], bool]]] = {}
+
+    def add(line: str) -> None:
+        name, _, hashed = line.partition(":")
+        if not name or name in users:
+            raise ValueError(f"there is no name, or {name} is there twice")
+        users[name] = hashed, password_check(hashed)
+
+    read_lines(add, *paths)
     return users
-
-
-ACTIONS = frozenset(("pull", "push", "delete"))
 
 
 class Grant(NamedTuple):
@@ -2439,32 +2238,17 @@ class Grant(NamedTuple):
     actions: frozenset[str]
     names: tuple[str, str]  # all that match come from the first on and before the second, in byte order
 
-
-def load_grants(path: str) -> list[Grant]:
-    """The lines of a grants file: who, repositories, actions. Raises OSError, ValueError."""
-    grants = []
-    for number, line in _lines(path):
+    @classmethod
+    def parse(cls, line: str) -> Grant:
+        """A grant from who, repositories, actions. Raises ValueError."""
         fields = line.split()
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
-        if not actions or not actions <= ACTIONS:
-            raise ValueError(f"line {number} is not: who repositories pull,push,delete")
-        prefix, star, _ = fields[1].partition("*")
-        names = prefix, prefix + (AFTER_NAMES if star else "\0")
-        grants.append(Grant(fields[0], compile_glob(fields[1]), actions, names))
-    return grants
-
-
-def compile_glob(pattern: str) -> re.Pattern[str]:
-    """A pattern of repositories: * stands for anything within a path segment, ** for anything."""
-    parts = re.split(r"(\*\*?)", pattern)
-    return re.compile("".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts))
-
-
-def _lines(path: str) -> list[tuple[int, str]]:
-    """The lines of a text file that say something, numbered."""
-    text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
-    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+        if not actions or not actions <= {"pull", "push", "delete"}:
+            raise ValueError("it is not: who repositories pull,push,delete")
+        parts = re.split(r"(\*\*?)", fields[1])  # * is anything within a path segment, ** is anything
+        pattern = "".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts)
+        end = parts[0] + (AFTER_NAMES if len(parts) > 1 else "\0")
+        return cls(fields[0], re.compile(pattern), actions, (parts[0], end))
 
 
 class Scope(NamedTuple):
@@ -2481,6 +2265,14 @@ class Scope(NamedTuple):
 CATALOG = Scope("registry", "catalog", "*")
 
 
+def parse_scope(text: str) -> list[Scope]:
+    """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
+    kind, _, rest = text.partition(":")
+    name, _, actions = rest.rpartition(":")
+    actions = actions.replace("*", "*,pull,push,delete")  # what there is not, is not granted
+    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",")]
+
+
 class Caller(NamedTuple):
     """Who makes a request."""
 
@@ -2488,88 +2280,61 @@ class Caller(NamedTuple):
     scopes: frozenset[Scope] | None = None  # all that a token is good for; None: it is not by token
 
 
-def client_network(address: str) -> str:
-    """What of an address tells clients apart: of IPv6 the first 64 bits, since one client has all within."""
-    parsed = ipaddress.ip_address(address)
-    return address if parsed.version == 4 else f"{int(parsed) >> 64:x}"
-
-
-class Turn(threading.Event):
-    """What an attempt to log in waits for: set when its turn has come, and when it never will."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.refused = False
-
-    def refuse(self) -> None:
-        """It will not come."""
-        self.refused = True
-        self.set()
-
-
 class LoginQueue:
-    """Has the attempts to log in from each address take turns, since each hashes a password.
+    """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
 
-    That takes a core for 50 ms, and 16 MiB. With one turn at a time for an address, whoever logs in from
-    elsewhere waits for one hash of each other address at most, and for one of all that failed lately. Since
-    failures make turns longer, those who guess are slowed down, also when they do it at once. Of an address,
-    the attempt goes first for whose name fewest wait, and of these the newest: so whoever shares it with
-    those who guess comes before them.
-    When too many wait in all, the address that has most of them loses the one that would go last (429).
+    So whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all
+    that failed lately; and since failures make turns longer, guesses are slowed, even those made at once.
+    Of an address, the attempt goes first for whose name fewest wait, and of these the newest: before those
+    of somebody who guesses. If too many wait in all, the address with most of them loses the last (429).
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit  # of attempts in all
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[Turn]] = {}  # by address, newest first; there while one has its turn
-        self._failures = Cache(1000)
+        # Of each address where one has its turn, those that wait, newest first: whose they are, and where
+        # they are told whether they may go on.
+        self._waiting: dict[bytes, list[tuple[str, queue.SimpleQueue[bool]]]] = {}
+        self.failures = Cache(1000)  # how many passwords from an address were wrong lately
 
     @contextlib.contextmanager
-    def turn(self, address: str, name: str) -> Iterator[None]:
+    def turn(self, address: bytes, name: str) -> Iterator[None]:
         """Wait for a turn, and have it. Raises TOOMANYREQUESTS."""
-        turn = Turn(name)
+        admitted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         too_many = RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", "1"),))
         with self._lock:
-            waiting = list(self._waiting.values())
-            if sum(map(len, waiting)) + len(waiting) >= self._limit:
-                longest = max(waiting, key=len)
+            if len(self._waiting) + sum(map(len, self._waiting.values())) >= self._limit:
+                longest = max(self._waiting.values(), key=len)
                 if not longest:
                     raise too_many
-                self._pop(longest, -1).refuse()
+                self._pop(longest, -1).put(False)
             if address in self._waiting:
-                self._waiting[address].insert(0, turn)
+                self._waiting[address].insert(0, (name, admitted))
             else:
                 self._waiting[address] = []
-                turn.set()
-        turn.wait()
-        if turn.refused:
+                admitted.put(True)
+        if not admitted.get():
             raise too_many
         try:
             yield
         finally:
             with self._lock:
                 if self._waiting[address]:
-                    self._pop(self._waiting[address], 0).set()
+                    self._pop(self._waiting[address], 0).put(True)
                 else:
                     del self._waiting[address]
 
     @staticmethod
-    def _pop(turns: list[Turn], position: int) -> Turn:
-        """Take a turn from the line of one address: 0 is who goes first, -1 who goes last."""
-        counts = collections.Counter(turn.name for turn in turns)
-        turn = sorted(turns, key=lambda turn: counts[turn.name])[position]
-        turns.remove(turn)
-        return turn
+    def _pop(attempts: list[tuple[str, queue.SimpleQueue[bool]]], rank: int) -> queue.SimpleQueue[bool]:
+        """Take an attempt from those of one address: 0 is who goes first, -1 who goes last."""
+        counts = collections.Counter(name for name, _ in attempts)
+        places = sorted(range(len(attempts)), key=lambda place: counts[attempts[place][0]])
+        return attempts.pop(places[rank])[1]
 
-    def has_failed(self, address: str) -> bool:
-        """Whether a password from an address was wrong lately."""
-        return self._failures.get(address) is not None
-
-    def fail(self, address: str) -> None:
+    def fail(self, address: bytes) -> None:
         """Have a turn last longer after a failure: the more of them there were lately, the longer."""
-        failures = (self._failures.get(address) or 0) + 1
-        self._failures.put(address, failures, FAILURE_INTERVAL)
+        failures = (self.failures.get(address) or 0) + 1
+        self.failures.put(address, failures, FAILURE_INTERVAL)
         if len(self._waiting) <= self._limit // 2:  # or other addresses would find no room
             time.sleep(min(max(failures - FAILURE_LIMIT, 0) * FAILURE_DELAY, FAILURE_DELAY_LIMIT))
 
@@ -2584,51 +2349,40 @@ class Access:
         *,
         anonymous_pull: bool = False,
         key: bytes = b"",
-        max_logins: int = MAX_CONNECTIONS // 2,
+        limit: int = MAX_CONNECTIONS,
     ) -> None:
-        """users, grants: paths of files. key signs tokens. max_logins may wait. Raises StartupError."""
+        """users, grants: paths of files. key: signs tokens. limit: of connections. Raises StartupError."""
         self.enabled = users is not None
-        if grants is not None and not self.enabled:
-            raise StartupError("grants without users would let nobody in; give --users as well")
-        self._users = WatchedFiles([users], functools.partial(load_users, users)) if users else None
-        self._grants = WatchedFiles([grants], functools.partial(load_grants, grants)) if grants else None
-        self._anonymous_pull = anonymous_pull
+        self._users = WatchedFiles(load_users, users)
+        implied = ["anonymous ** pull"] if anonymous_pull else []
+        if grants is None:
+            implied.append(f"{'*' if self.enabled else 'anonymous'} ** pull,push,delete")
+        always = list(map(Grant.parse, implied))
+        self._grants = WatchedFiles(lambda *paths: always + read_lines(Grant.parse, *paths), grants)
         self._key = key or secrets.token_bytes(32)
         self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
-        self._secret = secrets.token_bytes(32)  # keys what is remembered of passwords
         self._verified = Cache(1000)
-        self._queue = LoginQueue(max_logins)
+        self._queue = LoginQueue(max(limit // 2, 1))
         self._hashing, self._guessing = threading.Lock(), threading.Lock()
 
-    def permits(self, user: str | None, scope: Scope) -> bool:
-        """Whether a user, or anybody for None, may do something."""
-        if not self.enabled:
-            return True
-        if scope == CATALOG:
-            return user is not None or self.admits_anonymous()
-        if scope.kind != "repository" or scope.action not in ACTIONS or len(scope.name) > NAME_LIMIT:
-            return False  # a pattern with several stars takes long for long names
-        if self._anonymous_pull and scope.action == "pull":
-            return True
-        if self._grants is None:
-            return user is not None
-        return any(grant.repositories.fullmatch(scope.name) for grant in self._granted(user, scope.action))
-
-    def _granted(self, user: str | None, action: str) -> Iterator[Grant]:
+    def _granted(self, user: str | None) -> list[Grant]:
         who = ("anonymous",) if user is None else ("anonymous", "*", user)
-        grants = self._grants.get() if self._grants else []
-        return (grant for grant in grants if grant.who in who and action in grant.actions)
+        return [grant for grant in self._grants.get() if grant.who in who]
+
+    def permits(self, user: str | None, scope: Scope) -> bool:
+        """Whether a user, or anybody for None, may do something. Who may do anything may list."""
+        if not self.enabled:
+            return True  # the rest comes to the same, but takes longer for each name of a catalog
+        if scope == CATALOG:
+            return user is not None or bool(self._granted(None))
+        if scope.kind != "repository" or len(scope.name) > NAME_LIMIT:
+            return False  # a pattern with several stars takes long for long names
+        grants = [grant for grant in self._granted(user) if scope.action in grant.actions]
+        return any(grant.repositories.fullmatch(scope.name) for grant in grants)
 
     def readable_ranges(self, user: str | None) -> list[tuple[str, str]]:
         """Where the names of all that a user may pull are: from the first name on and before the second."""
-        if not self.enabled or self._anonymous_pull or self._grants is None:
-            return [("", AFTER_NAMES)]
-        return [grant.names for grant in self._granted(user, "pull")]
-
-    def admits_anonymous(self) -> bool:
-        """Whether there is anything at all that anybody may do."""
-        grants = self._grants.get() if self._grants else []
-        return not self.enabled or self._anonymous_pull or any(grant.who == "anonymous" for grant in grants)
+        return [grant.names for grant in self._granted(user) if "pull" in grant.actions]
 
     def allows(self, caller: Caller, scope: Scope) -> bool:
         """Whether a caller may do something: a token must say so, and what it says must still hold."""
@@ -2641,149 +2395,107 @@ class Access:
             return Caller(None)
         if method.lower() == "bearer":
             return self._check_token(credentials.strip())
-        if method.lower() == "basic":
-            return Caller(self.log_in(*_parse_basic(credentials.strip()), address))
-        raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
+        if method.lower() != "basic":
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
+        try:  # RFC 7617, but not everybody pads
+            name, password = base64.b64decode(credentials + "==").decode("utf-8").split(":", 1)
+        except ValueError:
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials") from None
+        return Caller(self.log_in(name, password, address))
 
     def log_in(self, name: str, password: str, address: str) -> str:
-        """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS.
-
-        What was right is remembered for a while, as a keyed hash, so that a user who comes back never waits.
-        """
+        """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
             raise wrong
-        users = self._users.get() if self._users else {}
-        hashed, check = users.get(name, ("", None))
-        proof = hmac.digest(self._secret, f"{name}\n{password}\n{hashed}".encode(), "sha256")
+        users = self._users.get()
+        hashed, check = users.get(name) or self._stand_in(users, name)
+        proof = hmac.digest(self._key, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if not self._verified.get(proof):
-            stand_in, network = self._stand_in(users, name), client_network(address)
+            network = ipaddress.ip_address(address).packed[:8]  # IPv6: one client has all within 64 bits
             with self._queue.turn(network, name):
                 if not self._verified.get(proof):  # nor was while this one waited
-                    guess = self._queue.has_failed(network)  # such ones wait for each other before
+                    guess = self._queue.failures.get(network)  # such ones wait for each other before
                     with self._guessing if guess else contextlib.nullcontext(), self._hashing:
-                        right = (check or stand_in)(password) and check is not None
+                        right = check(password) and name in users
                     if not right:
                         self._queue.fail(network)
                         raise wrong
-        self._verified.put(proof, True, PASSWORD_LIFETIME)
+        self._verified.put(proof, True, PASSWORD_LIFETIME)  # so a user who comes back never waits
         return name
 
-    def _stand_in(self, users: Users, name: str) -> Callable[[str], bool]:
-        """What to check passwords with for a name that is nobody's: a user's, so that time tells nothing.
+    def _stand_in(self, users: dict[str, Any], name: str) -> Any:
+        """Whose password to check for a name that is nobody's, so that time tells nothing.
 
-        It is always the same for the same name, since users need not all have hashes that take equally long.
+        It is always the same one's for a name, since users need not all have hashes that take equally long.
         """
-        checks = [check for _, check in users.values()] or [lambda _: False]
-        return checks[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(checks)]
+        others = list(users.values()) or [("", lambda _: False)]
+        return others[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(others)]
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
-        """A token for as much of what is requested as the user may do, as the token endpoint answers it.
-
-        It is a JSON Web Token, signed with HMAC-SHA256.
-        """
+        """A token for as much of what is requested as the user may do, as the token endpoint answers it."""
         now = int(time.time())
         granted = [scope for scope in dict.fromkeys(requested) if self.permits(user, scope)]
-        claims = {
-            "iss": self.service, "aud": self.service, "sub": user, "iat": now, "exp": now + TOKEN_LIFETIME,
-            "access": granted,
-        }  # fmt: skip
-        content = f"{_encode_part({'typ': 'JWT', 'alg': 'HS256'})}.{_encode_part(claims)}"
-        token = f"{content}.{self._sign(content)}"
+        claims = {"aud": self.service, "sub": user, "exp": now + TOKEN_LIFETIME, "access": granted}
+        token = self._sign(base64.urlsafe_b64encode(encode_json(claims)).decode().rstrip("="))
         issued = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         return {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}
 
     def _check_token(self, token: str) -> Caller:
         """Whose token this is, and for what. Raises UNAUTHORIZED."""
-        content, _, signature = token.rpartition(".")
-        if not hmac.compare_digest(signature.encode(), self._sign(content).encode()):
+        payload = token.partition(".")[2].partition(".")[0]
+        if not hmac.compare_digest(token.encode(), self._sign(payload).encode()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
-        payload = content.partition(".")[2]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        if claims["aud"] != self.service or claims["exp"] <= time.time():
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired or is for another service")
-        user = claims["sub"]
-        if self._users and user is not None and user not in self._users.get():
-            raise RegistryError(ErrorCode.UNAUTHORIZED, "there is no such user any more")
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
+        user, current = claims["sub"], claims["aud"] == self.service and claims["exp"] > time.time()
+        if not current or (user is not None and user not in self._users.get()):
+            raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired, or its user is gone")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
 
-    def _sign(self, content: str) -> str:
-        signature = hmac.digest(self._key, content.encode("utf-8", "surrogateescape"), "sha256")
-        return base64.urlsafe_b64encode(signature).decode("ascii").rstrip("=")
-
-
-def _encode_part(value: object) -> str:
-    return base64.urlsafe_b64encode(encode_json(value)).decode("ascii").rstrip("=")
-
-
-def _parse_basic(credentials: str) -> tuple[str, str]:
-    """User name and password (RFC 7617). Raises UNAUTHORIZED."""
-    try:
-        name, colon, password = _unbase64(credentials.rstrip("=")).decode("utf-8").partition(":")
-    except ValueError:
-        colon = ""
-    if not colon:
-        raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials")
-    return name, password
-
-
-def parse_scope(text: str) -> list[Scope]:
-    """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
-    kind, _, rest = text.partition(":")
-    name, _, actions = rest.rpartition(":")
-    if kind == "repository":
-        actions = actions.replace("*", "pull,push,delete")
-    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",") if action]
+    def _sign(self, payload: str) -> str:
+        """The JSON Web Token of a payload, in base64url, signed with HMAC-SHA256."""
+        content = f"eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9.{payload}"  # {"typ":"JWT","alg":"HS256"}
+        signature = hmac.digest(self._key, content.encode(), "sha256")
+        return f"{content}.{base64.urlsafe_b64encode(signature).decode()}".rstrip("=")
 
 
 def load_key(path: str, *, create: bool) -> bytes:
-    """The key that signs tokens, made if there is none: tokens outlive a restart. Raises StartupError."""
-    try:
+    """The key that signs tokens, kept so that they outlive a restart; empty if there is none."""
+    with explain_failure(f"cannot use {path}", "remove it for a new one"):
         if create:
             with locked_directory(os.path.dirname(path)):
                 if not os.path.lexists(path):
                     replace_file(path, secrets.token_bytes(32))
+        elif not os.path.lexists(path):
+            return b""
         with open(path, "rb", opener=no_follow) as file:
             key = file.read()
-    except FileNotFoundError:
-        return secrets.token_bytes(32)
-    except OSError as error:
-        raise StartupError(f"cannot use {path}: {error.strerror}; remove it if it is no file") from error
-    if len(key) < 32:
-        raise StartupError(f"{path} has fewer than 32 bytes, which can be guessed; remove it for a new one")
-    return key
+        if len(key) < 32:
+            raise ValueError("it has fewer than 32 bytes, which can be guessed")
+        return key
 
 
 def replace_file(path: str, content: bytes) -> None:
     """Write a private file in one step, durably."""
-    temporary = f"{path}.{secrets.token_hex(8)}"
+    directory = os.path.dirname(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", dir=directory)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        os.unlink(temporary)
         raise
-    sync_directory(os.path.dirname(os.path.abspath(path)))
-
-
-def watch_certificate(certificate: str, key: str | None = None) -> WatchedFiles[ssl.SSLContext]:
-    """What TLS is spoken with, from PEM files that are read again when they change. Raises StartupError."""
-
-    def load() -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-        context.load_cert_chain(certificate, key)
-        return context
-
-    return WatchedFiles([path for path in (certificate, key) if path], load)
+    sync_directory(directory)
 
 
 # === Messages =========================================================================================
+
+TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
+HEADER = rf"{TOKEN}:[^\r\n\0]*"
+HEAD = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{HEADER})*)")
 
 
 class FileRange(NamedTuple):
@@ -2792,13 +2504,6 @@ class FileRange(NamedTuple):
     file: BinaryIO
     start: int
     length: int
-
-
-def _is_hopeless(head: bytes) -> bool:
-    """Whether a head is refused whatever may follow, so that there is no use in waiting for its end."""
-    line = head.find(b"\r\n")
-    too_long = line > REQUEST_LINE_LIMIT or (line < 0 and len(head) > REQUEST_LINE_LIMIT)
-    return too_long or len(head) > HEAD_LIMIT or head.count(b"\n") != head.count(b"\r\n")
 
 
 class SocketReader:
@@ -2814,259 +2519,122 @@ class SocketReader:
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
-        self._pending = b""  # received, from _start on not yet consumed
-        self._start = 0
-        self._timeout: float | None = None
-        self._set_timeout("SND", STALL_TIMEOUT)
+        self._pending: bytes | memoryview = b""  # received and not yet consumed; a view, to be sliced often
+        self._set_timeout(STALL_TIMEOUT, socket.SO_SNDTIMEO)
+        self._timeout = 0.0  # of receiving; with TLS, of sending as well
         with contextlib.suppress(OSError):  # some systems refuse it once the client is gone
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _set_timeout(self, direction: str, seconds: float) -> None:
-        """Bound how long one receive ("RCV") or send ("SND") may wait.
-
-        In the kernel where that works: settimeout, which bounds both, costs a poll for each call.
-        """
-        if os.name == "posix" and not self._tls:
+    def _set_timeout(self, seconds: float, option: int = socket.SO_RCVTIMEO) -> None:
+        """Bound each wait, in the kernel where that works: settimeout costs a poll for each call."""
+        self._timeout = seconds
+        if not self._tls:
             value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
             with contextlib.suppress(OSError):
-                self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, f"SO_{direction}TIMEO"), value)
+                self.socket.setsockopt(socket.SOL_SOCKET, option, value)
                 return
         self.socket.settimeout(seconds)
 
-    def _wait_at_most(self, seconds: float) -> None:
-        """Bound the next receive, or what TLS does next, sparing the system call when it is bounded so."""
-        if seconds != self._timeout:
-            self._set_timeout("RCV", seconds)
-            self._timeout = seconds
-
-    def _receive_within(self, seconds: float) -> None:
-        """Bound the next receive, by the deadline as well."""
+    def _within(self, seconds: float, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """What a system call gives that waits so long at most, and not past the deadline."""
         if self.deadline:
             seconds = min(seconds, self.deadline - time.monotonic())
             if seconds <= 0:
                 raise ClientGone
-        self._wait_at_most(seconds)
-
-    def _receive(self, seconds: float) -> bytes:
-        self._receive_within(seconds)
+        if seconds != self._timeout:
+            self._set_timeout(seconds)
         try:
-            return self.socket.recv(RECEIVE_SIZE)
-        except OSError as error:
+            result = operation(*arguments)
+        except (OSError, ValueError) as error:
             raise ClientGone from error
+        if result is not None and not result:  # the client has hung up, or a file is shorter than it was
+            raise ClientGone
+        return result
 
     def begin_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands; everything from there on is encrypted."""
-        try:
-            self.socket.getpeername()  # raises if it was reset: wrap_socket would too, and leave it unclosed
-            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-            self._tls = True
-            self._wait_at_most(HEADER_TIMEOUT)
-            self.socket.do_handshake()
-        except (OSError, ValueError) as error:
-            raise ClientGone from error
+        # This raises if it was reset: wrap_socket would too, and leave it unclosed.
+        self._within(HEADER_TIMEOUT, self.socket.getpeername)
+        wrap = functools.partial(context.wrap_socket, server_side=True, do_handshake_on_connect=False)
+        self.socket = self._within(HEADER_TIMEOUT, wrap, self.socket)
+        self._tls, self._timeout = True, 0.0
+        self._within(HEADER_TIMEOUT, self.socket.do_handshake)  # type: ignore[attr-defined]
 
     def read_head(self) -> bytes:
-        """The next request's head, its last line unterminated; empty if the client is done with us.
+        """The next request's head, its last line unterminated.
 
-        What is too large or malformed already comes as far as it was read, for parse_head to refuse.
+        What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
         """
-        head = self._pending[self._start :]
-        self._pending, self._start = b"", 0
-        self.deadline = 0.0
-        while True:
-            head = LEADING_LINES.sub(b"", head, count=1)
-            end = head.find(b"\r\n\r\n")
-            if end >= 0:
-                break
-            if _is_hopeless(head):
-                return head
+        head, self._pending, self.deadline = bytes(self._pending), b"", 0.0
+        while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
+            too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
+            if too_long or head.count(b"\n") != head.count(b"\r\n"):
+                break  # it is refused, whatever may follow
             if head and not self.deadline:
                 self.deadline = time.monotonic() + HEADER_TIMEOUT
-            more = self._receive(IDLE_TIMEOUT)
-            if not more:
-                return b""
-            head += more
-        self._pending, self._start, self.deadline = head, end + 4, 0.0
-        return head[:end]
+            head += self._within(IDLE_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
+        head, _, rest = head.partition(b"\r\n\r\n")
+        self._pending, self.deadline = rest, 0.0
+        return head
 
-    def read_line(self, limit: int) -> bytes | None:
-        """The next line without its CRLF; None if it is longer than the limit or ends in a bare LF."""
-        while True:
-            end = self._pending.find(b"\n", self._start)
-            if end >= 0 or len(self._pending) - self._start > limit:
-                break
-            more = self._receive(STALL_TIMEOUT)
-            if not more:
-                raise ClientGone
-            self._pending, self._start = self._pending[self._start :] + more, 0
-        line = self._pending[self._start : end + 1]
-        if not line.endswith(b"\r\n") or len(line) > limit:
-            return None
-        self._start = end + 1
-        return line[:-2]
+    def read_line(self, limit: int = 1 * KIB) -> bytes:
+        """The next line of a chunked body that is not content, without its CRLF. Raises BAD_REQUEST."""
+        while (end := (head := bytes(self._pending[:limit])).find(b"\n")) < 0 and len(head) < limit:
+            self._pending = memoryview(head + self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE))
+        if end < 1 or head[end - 1 : end] != b"\r":
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
+        self._pending = self._pending[end + 1 :]
+        return head[: end - 1]
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer with what comes next, at least one byte."""
-        pending = len(self._pending) - self._start
-        if pending:
-            count = min(pending, len(view))
-            view[:count] = memoryview(self._pending)[self._start : self._start + count]
-            self._start += count
-            return count
-        self._receive_within(STALL_TIMEOUT)
-        try:
-            count = self.socket.recv_into(view)
-        except OSError as error:
-            raise ClientGone from error
-        if not count:
-            raise ClientGone
+        if not self._pending:
+            return int(self._within(STALL_TIMEOUT, self.socket.recv_into, view))
+        count = min(len(self._pending), len(view))
+        view[:count], self._pending = self._pending[:count], self._pending[count:]
         return count
 
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
         flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
-        if self._tls:
-            self._wait_at_most(STALL_TIMEOUT)
-        try:
-            for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
-                self.socket.sendall(data[start : start + BUFFER_SIZE], flags)
-        except OSError as error:
-            raise ClientGone from error
+        timeout = STALL_TIMEOUT if self._tls else self._timeout  # or the one set above holds
+        for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
+            self._within(timeout, self.socket.sendall, data[start : start + BUFFER_SIZE], flags)
 
     def send_file(self, part: FileRange) -> None:
         """Send some bytes of a file, from kernel to kernel where that works."""
-        start, stop = part.start, part.start + part.length
+        file, start, stop = part.file.fileno(), part.start, part.start + part.length
         self.evictable_at = time.monotonic() + HEADER_TIMEOUT
-        if self._tls or not hasattr(os, "sendfile"):
-            self._copy_file(part)
-            return
-        try:
-            while start < stop:
-                size = min(stop - start, BUFFER_SIZE)  # it returns only once all of that is sent
-                sent = os.sendfile(self.socket.fileno(), part.file.fileno(), start, size)
-                if not sent:
-                    raise ClientGone("the file is shorter than it was")
-                start += sent
-                self.evictable_at += sent / SLOWEST_BODY
-        except OSError as error:
-            raise ClientGone from error
-
-    def _copy_file(self, part: FileRange) -> None:
-        part.file.seek(part.start)
-        left, buffer = part.length, memoryview(bytearray(min(COPY_SIZE, part.length)))
-        while left:
-            count = part.file.readinto(buffer[:left])  # type: ignore[attr-defined]
-            if not count:
-                raise ClientGone("the file is shorter than it was")
-            self.send(buffer[:count])
-            self.evictable_at += count / SLOWEST_BODY
-            left -= count
+        while start < stop:
+            if self._tls or not hasattr(os, "sendfile"):
+                piece = self._within(STALL_TIMEOUT, os.pread, file, min(stop - start, COPY_SIZE), start)
+                self.send(piece)
+                sent = len(piece)
+            else:  # which returns only once all of that is sent
+                size, target = min(stop - start, BUFFER_SIZE), self.socket.fileno()
+                sent = self._within(self._timeout, os.sendfile, target, file, start, size)
+            start += sent
+            self.evictable_at += sent / SLOWEST_BODY
 
     def stop_sending(self) -> None:
         """Tell the client that nothing more will come, without waiting for it to say the same."""
         with contextlib.suppress(OSError, ValueError):
             if self._tls:
-                self._wait_at_most(0)
+                self._set_timeout(0)
                 self.socket.unwrap()  # type: ignore[attr-defined]  # close_notify (RFC 8446, 6.1)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
     def linger(self) -> NoReturn:
-        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6).
-
-        Ends, as everything here, when the client is gone or the deadline comes.
-        """
+        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6)."""
         self.stop_sending()
-        buffer = memoryview(bytearray(RECEIVE_SIZE))
         while True:
-            self.readinto(buffer)
+            self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
 
     def close(self) -> None:
         """Hang up in good order."""
         self.stop_sending()
         self.socket.close()
-
-
-class RequestHead(NamedTuple):
-    """A request's head (RFC 9112), checked. Header names are in lower case, repeated ones comma-joined."""
-
-    method: str
-    target: str
-    version: str  # "HTTP/1.1" or "HTTP/1.0"
-    headers: dict[str, str]
-
-
-SINGLE_HEADERS = frozenset(("content-length", "transfer-encoding", "host", "content-range", "authorization"))
-
-
-def parse_head(data: bytes) -> RequestHead:
-    """Parse what SocketReader.read_head gave.
-
-    Raises BAD_REQUEST, URI_TOO_LONG, REQUEST_HEADER_FIELDS_TOO_LARGE, HTTP_VERSION.
-    """
-    lines = data.decode("latin-1").split("\r\n")
-    if len(lines[0]) > REQUEST_LINE_LIMIT:
-        raise RegistryError(ErrorCode.URI_TOO_LONG)
-    if len(lines) > HEADER_COUNT_LIMIT + 1 or len(data) > HEAD_LIMIT:
-        raise RegistryError(ErrorCode.REQUEST_HEADER_FIELDS_TOO_LARGE)
-    if data.count(b"\n") != len(lines) - 1 or data.count(b"\r") != len(lines) - 1 or b"\0" in data:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bare CR, bare LF or NUL")
-    method, target, version = _parse_request_line(lines[0])
-    headers = _parse_headers(lines[1:])
-    if (version == "HTTP/1.1" or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
-    return RequestHead(method, target, version, headers)
-
-
-def _parse_headers(lines: list[str]) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "header without a colon")
-        name, value = _header_name(name), value.strip(" \t")
-        if name in headers:
-            if name in SINGLE_HEADERS:
-                raise RegistryError(ErrorCode.BAD_REQUEST, f"more than one {name}")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
-
-
-def _parse_request_line(line: str) -> tuple[str, str, str]:
-    parts = line.split(" ")
-    if len(parts) != 3 or not HEADER_NAME.fullmatch(parts[0]) or not parts[1].isprintable():
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad request line")
-    method, target, version = parts
-    if version not in ("HTTP/1.1", "HTTP/1.0"):
-        known = re.fullmatch(r"HTTP/[0-9]\.[0-9]", version)
-        raise RegistryError(ErrorCode.HTTP_VERSION if known else ErrorCode.BAD_REQUEST, version)
-    return method, target, version
-
-
-@functools.lru_cache(maxsize=256)
-def _header_name(name: str) -> str:
-    """A header's name in lower case; white space in or around it is BAD_REQUEST, and so is obs-fold.
-
-    Only names that are well-formed, and so of bounded length, are remembered.
-    """
-    if not HEADER_NAME.fullmatch(name):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad header name")
-    return name.lower()
-
-
-def body_length(head: RequestHead) -> int | None:
-    """How many bytes the request's body has; None if it is chunked. Raises BAD_REQUEST if that is unclear."""
-    length, encoding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
-    if encoding is not None:
-        if length is not None or encoding.lower() != "chunked" or head.version == "HTTP/1.0":
-            raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
-        return None
-    if length is None:
-        return 0
-    if not (length.isascii() and length.isdigit() and len(length) < 19):
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
-    return int(length)
 
 
 class Body:
@@ -3077,92 +2645,70 @@ class Body:
         self.length = length
         self._reader = reader
         self._remaining = length or 0  # of the body, or of the chunk being read
+        self._chunked = length is None  # and its last chunk has not come
+        self._begun = False  # whether its first has
         self._expected = expected and length != 0
         self.done = length == 0
 
     @property
     def drainable(self) -> bool:
         """Whether what was not read is known to be so little that the next request can follow it."""
-        return self.done or bool(self.length and not self._expected and self._remaining <= DRAIN_LIMIT)
+        return self.done or not (self._chunked or self._expected or self._remaining > DRAIN_LIMIT)
 
     def drain(self) -> None:
         """Skip what was not read."""
-        buffer = memoryview(bytearray(min(RECEIVE_SIZE, self._remaining)))
-        while self.readinto(buffer):
+        while self.readinto(memoryview(bytearray(RECEIVE_SIZE))):
             pass
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
+        reader, count = self._reader, 0
         if self._expected:
             self._expected = False
-            self._reader.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not self._remaining and not self.done:
-            self._next_chunk()
-        if self.done:
-            return 0
-        if self._reader.evictable_at == math.inf:
-            self._reader.evictable_at = time.monotonic() + HEADER_TIMEOUT
-        count = self._reader.readinto(view[: self._remaining])
-        self._reader.evictable_at += count / SLOWEST_BODY
-        self._remaining -= count
-        if not self._remaining:
-            self._end_of_part()
+            reader.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._chunked and not self._remaining:
+            self._begin_chunk()
+        if self._remaining:
+            if reader.evictable_at == math.inf:
+                reader.evictable_at = time.monotonic() + HEADER_TIMEOUT
+            count = reader.readinto(view[: self._remaining])
+            reader.evictable_at += count / SLOWEST_BODY
+            self._remaining -= count
+        if not self._remaining and not self._chunked:
+            self.done, reader.evictable_at = True, math.inf
         return count
 
-    def _end_of_part(self) -> None:
-        if self.length is not None:
-            self._end()
-        elif self._read_line():
+    def _begin_chunk(self) -> None:
+        """Read up to the next chunk's content, or past the trailers (RFC 9112, 7.1)."""
+        if self._begun and self._reader.read_line():
             raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
-
-    def _next_chunk(self) -> None:
-        size = CHUNK_SIZE.fullmatch(self._read_line())
+        self._begun = True
+        size = CHUNK_SIZE.fullmatch(self._reader.read_line())
         if not size:
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
         if not self._remaining:
-            self._skip_trailers()
-            self._end()
+            for count, line in enumerate(iter(self._reader.read_line, b"")):
+                if count == HEADER_COUNT_LIMIT or not re.fullmatch(HEADER.encode(), line):
+                    raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
+            self._chunked = False  # only now: after a bad trailer, no request can follow
 
-    def _end(self) -> None:
-        self.done, self._reader.evictable_at = True, math.inf
-
-    def _read_line(self) -> bytes:
-        line = self._reader.read_line(CHUNK_LINE_LIMIT)
-        if line is None:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
-        return line
-
-    def _skip_trailers(self) -> None:
-        for _ in range(HEADER_COUNT_LIMIT):
-            line = self._read_line()
-            if not line:
-                return
-            name, colon, value = line.decode("latin-1").partition(":")
-            if not colon or not HEADER_NAME.fullmatch(name) or "\r" in value or "\0" in value:
-                break
-        raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
-
-    def read(self, limit: int, too_large: ErrorCode) -> bytes:
-        """The whole body. Raises too_large past the limit, before reading it when its length is known.
+    def read(self) -> bytes:
+        """The whole body, a manifest. Raises MANIFEST_TOO_LARGE, before reading it when its length is known.
 
         It has to arrive within a time that its length sets: no client holds a connection with so little.
         """
-        if self.length is not None and self.length > limit:
-            raise RegistryError(too_large)
-        size = limit if self.length is None else self.length
+        size = MANIFEST_LIMIT if self.length is None else self.length
         self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
         self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
         content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
-        while count := self.readinto(buffer):
+        while size <= MANIFEST_LIMIT and (count := self.readinto(buffer)):
             content += buffer[:count]
-            if len(content) > limit:
-                raise RegistryError(too_large)
+            size = max(size, len(content))
+        if size > MANIFEST_LIMIT:
+            raise RegistryError(ErrorCode.MANIFEST_TOO_LARGE)
         self._reader.deadline = 0.0
         return bytes(content)
-
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Context(NamedTuple):
@@ -3172,7 +2718,7 @@ class Context(NamedTuple):
     access: Access
     public_url: str | None = None  # how clients reach it, if they do not say
     secure: bool = False  # whether it speaks TLS itself
-    proxies: Sequence[Network] = ()  # those whose X-Forwarded headers are believed
+    proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()  # whose X-Forwarded are believed
 
 
 class Request:
@@ -3187,29 +2733,50 @@ class Request:
         self.caller = Caller(None)
         self.wanted: Scope | None = None  # what a token must be good for
         self._reader = reader
-        self.method = self.target = "-"
-        self.path = ""
-        self._parameters: dict[str, list[str]] = {}
-        self.headers: dict[str, str] = {}
+        self.method = self.target = self.path = "-"
+        self.parameters: dict[str, list[str]] = {}  # of the query
+        self.headers: dict[str, str] = {}  # by names in lower case, repeated ones comma-joined
         self.body = Body(reader, 0, expected=False)
         self.persistent = False  # whether the client may send another after this one
 
     def parse(self, data: bytes) -> None:
-        """Take in a head. Raises parse_head's errors and more, keeping what was understood till then."""
+        """Take in a head (RFC 9112); whatever this raises, what was understood until then stays."""
         if data.startswith(b"HEAD "):
             self.method = "HEAD"  # no reply to it has a body, not even one that says how bad it is
-        self.method, self.target, version, self.headers = head = parse_head(data)
-        self._look_behind_proxies()
-        self._parse_target(self.target)
-        length = body_length(head)
-        expectation = self.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        if len(data.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT:
+            raise RegistryError(ErrorCode.URI_TOO_LONG)
+        if len(data) > HEAD_LIMIT or data.count(b"\n") > HEADER_COUNT_LIMIT:
+            raise RegistryError(ErrorCode.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        head = HEAD.fullmatch(data.decode("latin-1"))
+        if not head:
+            raise RegistryError(ErrorCode.BAD_REQUEST, "malformed request line or header")
+        self.method, self.target, version, lines = head.groups()
+        if version not in ("HTTP/1.1", "HTTP/1.0"):
+            raise RegistryError(ErrorCode.HTTP_VERSION, version)
         modern = version == "HTTP/1.1"
-        self.body = Body(self._reader, length, expected=bool(expectation) and modern)
+        self._parse_headers(lines.split("\r\n")[1:], host_required=modern)
+        if self.context.proxies:
+            self._look_behind_proxies()
+        self._parse_target()
+        self._begin_body(modern)
         self.persistent = modern and "close" not in self.headers.get("connection", "").lower()
 
-    def _parse_target(self, target: str) -> None:
+    def _parse_headers(self, lines: list[str], *, host_required: bool) -> None:
+        headers = self.headers
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            if name in headers:
+                if name in ("content-length", "transfer-encoding", "host", "content-range", "authorization"):
+                    raise RegistryError(ErrorCode.BAD_REQUEST, f"more than one {name}")
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
+        if (host_required or "host" in headers) and not HOST.fullmatch(headers.get("host", "")):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "no Host, or none that is one")
+
+    def _parse_target(self) -> None:
+        """Find path and parameters. A plus sign is itself, as in media types."""
+        target = self.target
         absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
         if absolute:
             self.headers["host"], target = absolute.groups()  # as RFC 9112, 3.2.2 demands
@@ -3218,62 +2785,52 @@ class Request:
         path, _, query = target.partition("?")
         try:
             self.path = unquote(path, errors="strict") if "%" in path else path
-        except UnicodeDecodeError:
-            raise RegistryError(ErrorCode.BAD_REQUEST, "the target is not UTF-8") from None
-        if query:
-            self._parameters = parse_parameters(query.replace("+", "%2B"))
+            if query:
+                query = query.replace("+", "%2B")
+                self.parameters = parse_qs(query, True, errors="strict", max_num_fields=PARAMETER_LIMIT)
+        except ValueError:
+            reason = f"the target is not UTF-8, or has more than {PARAMETER_LIMIT} parameters"
+            raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
 
-    def parameters(self, name: str) -> list[str]:
-        """Every value that the query gives a parameter. A plus sign is itself, as in media types."""
-        return self._parameters.get(name, [])
-
-    def parameter(self, name: str) -> str | None:
-        """A parameter's first value, or None."""
-        return next(iter(self.parameters(name)), None)
-
-    def identify(self) -> Caller:
-        """Who makes the request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-        return self.context.access.identify(self.headers.get("authorization", ""), self.address)
-
-    def may_pull(self, repository: str) -> bool:
-        """Whether whoever makes the request has the right to pull a repository."""
-        return self.context.access.permits(self.caller.user, Scope("repository", repository, "pull"))
-
-    def base_url(self) -> str:
-        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
-        if self.context.public_url:
-            return self.context.public_url.rstrip("/")
-        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
-        if self.proxied:
-            scheme = self._forwarded("x-forwarded-proto") or scheme
-            host = self._forwarded("x-forwarded-host") or host
-        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
-
-    def _forwarded(self, name: str) -> str:
-        """What the proxy nearest to the client says, if there is one."""
-        return self.headers.get(name, "").partition(",")[0].strip()
+    def _begin_body(self, modern: bool) -> None:
+        """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
+        headers, expectation = self.headers, self.headers.get("expect", "").lower()
+        length, encoding = headers.get("content-length", "0"), headers.get("transfer-encoding", "").lower()
+        chunked = encoding == "chunked" and modern
+        if "transfer-encoding" in headers and (not chunked or "content-length" in headers):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
+        if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
+            raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
+        if expectation not in ("", "100-continue"):
+            raise RegistryError(ErrorCode.EXPECTATION_FAILED)
+        size = None if chunked else int(length)
+        self.body = Body(self._reader, size, expected=modern and expectation != "")
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
-        hops = self.headers.get("x-forwarded-for", "").split(",")
+        # With a scope id, which could hold anything, an address is none.
+        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")
         while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
             self.proxied = True
             try:
                 address = ipaddress.ip_address(hops.pop().strip())
             except (IndexError, ValueError):
                 break
-            if getattr(address, "scope_id", None):  # could hold anything
-                break
             self.address = str(getattr(address, "ipv4_mapped", None) or address)
 
+    def parameter(self, name: str) -> str | None:
+        """The first value that the query gives a parameter, or None."""
+        return next(iter(self.parameters.get(name, [])), None)
 
-def parse_parameters(text: str) -> dict[str, list[str]]:
-    """The values of each parameter of a query or form. Raises BAD_REQUEST."""
-    try:
-        return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=PARAMETER_LIMIT)
-    except ValueError:
-        reason = f"the parameters are not UTF-8, or more than {PARAMETER_LIMIT}"
-        raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
+    def base_url(self) -> str:
+        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
+        if self.context.public_url:
+            return self.context.public_url.rstrip("/")
+        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
+        if self.proxied:  # what the proxy nearest to the client says comes first
+            scheme = (self.headers.get("x-forwarded-proto") or scheme).partition(",")[0].strip()
+            host = (self.headers.get("x-forwarded-host") or host).partition(",")[0].strip()
+        return f"{scheme}://{host}" if scheme in ("http", "https") and HOST.fullmatch(host) else ""
 
 
 class Reply(NamedTuple):
@@ -3294,64 +2851,36 @@ def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
     return Reply(200, (("Content-Type", JSON), *headers), encode_json(document))
 
 
-def parse_count(digits: str) -> int:
-    """A decimal number; one that no content could have as its size is as good as the largest."""
-    return int(digits) if len(digits) < 19 else COUNT_LIMIT
-
-
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """A Range header's start and length within a content of this size; None if it is to be ignored.
 
     Raises RANGE_NOT_SATISFIABLE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
     """
-    match = BYTE_RANGE.fullmatch(text.strip())
-    if not match or match[0].endswith("=-"):
+    match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
+    if not match:
         return None
-    first, last = match[1], match[2]
-    if first:
-        start, stop = parse_count(first), min(parse_count(last) + 1, size) if last else size
-    else:
-        start, stop = max(size - parse_count(last), 0), size
+    first, last = (digits[:18] for digits in match.groups())  # which no content's size has
+    start = int(first) if first else max(size - int(last), 0)
+    stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
-        raise RegistryError(
-            ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=(("Content-Range", f"bytes */{size}"),)
-        )
+        headers = (("Content-Range", f"bytes */{size}"),)
+        raise RegistryError(ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=headers)
     return start, stop - start
 
 
-def matches_etag(condition: str, digest: str | None, *, weakly: bool) -> bool:
-    """Whether an If-Match or If-None-Match header names a content's entity tag; * names any but None.
-
-    weakly: whether a weak tag counts too (RFC 9110, 8.8.3.2).
-    """
-    if condition.strip() == "*" or digest is None:
-        return digest is not None
-    return any(tag == digest and (weakly or not weak) for weak, tag in ENTITY_TAG.findall(condition))
-
-
 def check_preconditions(request: Request, digest: str | None) -> bool:
-    """Whether the client says that it has already what is there (RFC 9110, 13); None: nothing is.
+    """Whether the client has what the path names, which is this or nothing, already (RFC 9110, 13).
 
-    That is the content of the resource that the path names: a tag's manifest, or the one with a digest,
-    whatever tags a push is to give it. Raises PRECONDITION_FAILED if If-Match does not hold, or
-    If-None-Match for a request that would change something.
+    Raises PRECONDITION_FAILED if If-Match does not hold, or If-None-Match for what would change something.
     """
-    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
-    known = none_match is not None and matches_etag(none_match, digest, weakly=True)
-    writes = request.method not in ("GET", "HEAD")
-    if (known and writes) or (match is not None and not matches_etag(match, digest, weakly=False)):
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
+    tag = f'"{digest}"'
+    known = digest is not None and (none_match == "*" or tag in none_match)
+    # A weak tag is not good enough for this (RFC 9110, 8.8.3.2).
+    holds = match is None or (digest is not None and (match == "*" or tag in match.replace('W/"', "")))
+    if not holds or (known and request.method not in ("GET", "HEAD")):
         raise RegistryError(ErrorCode.PRECONDITION_FAILED, digest or "nothing")
     return known
-
-
-def page_size(request: Request, limit: int) -> int:
-    """The query's n, but not above the limit. Raises PAGE_INVALID."""
-    text = request.parameter("n")
-    if text is None:
-        return limit
-    if not (text.isascii() and text.isdigit()):
-        raise RegistryError(ErrorCode.PAGE_INVALID, text)
-    return min(parse_count(text), limit)
 
 
 def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
@@ -3363,46 +2892,30 @@ def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
 # === Handlers =========================================================================================
 
 
-def version_get(request: Request) -> Reply:
-    """Say that this is a registry (end-1)."""
-    return json_reply({})
+def created(name: str, kind: str, digest: str, *headers: tuple[str, str]) -> Reply:
+    """A 201 for a blob or manifest that is now there."""
+    location = ("Location", f"/v2/{name}/{kind}/{digest}")
+    return Reply(201, (location, ("Docker-Content-Digest", digest), *headers))
 
 
 def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> Reply:
-    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it.
-
-    Raises PRECONDITION_FAILED.
-    """
-    headers = [("Docker-Content-Digest", content.digest), ("ETag", f'"{content.digest}"')]
+    """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it."""
+    tag, part = f'"{content.digest}"', None
+    headers = [("Docker-Content-Digest", content.digest), ("ETag", tag)]
     if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
-    part = requested_range(request, content)
+    text = request.headers.get("range") if request.method == "GET" else None
+    if text is not None and request.headers.get("if-range", tag) == tag:
+        part = parse_range(text, content.size)
     start, length = part or (0, content.size)
     body = request.store.open_content(content)
     if body is None:
         raise RegistryError(unknown, content.digest)
     if part:
         headers.append(("Content-Range", f"bytes {start}-{start + length - 1}/{content.size}"))
-        body = body[start : start + length] if isinstance(body, bytes) else body
-    return Reply(
-        206 if part else 200,
-        headers,
-        body if isinstance(body, bytes) else FileRange(body, start, length),
-    )
-
-
-def requested_range(request: Request, content: Descriptor) -> tuple[int, int] | None:
-    """The part of a content that a GET asks for, if any. Raises RANGE_NOT_SATISFIABLE."""
-    text = request.headers.get("range") if request.method == "GET" else None
-    if text is None or request.headers.get("if-range", f'"{content.digest}"') != f'"{content.digest}"':
-        return None
-    return parse_range(text, content.size)
-
-
-def blob_location(name: str, digest: str) -> Headers:
-    """The headers of a reply to a blob that is now there."""
-    return ("Location", f"/v2/{name}/blobs/{digest}"), ("Docker-Content-Digest", digest)
+    piece = body[start : start + length] if isinstance(body, bytes) else FileRange(body, start, length)
+    return Reply(206 if part else 200, headers, piece)
 
 
 def blob_get(request: Request, name: str, digest: str) -> Reply:
@@ -3419,101 +2932,68 @@ def blob_delete(request: Request, name: str, digest: str) -> Reply:
 
 def session_headers(name: str, session: str, size: int) -> Headers:
     """Where an upload session is and how far it has come."""
-    return (
-        ("Location", f"/v2/{name}/blobs/uploads/{session}"),
-        ("Range", f"0-{max(size - 1, 0)}"),
-        ("Docker-Upload-UUID", session),
-    )
+    location = ("Location", f"/v2/{name}/blobs/uploads/{session}")
+    return location, ("Range", f"0-{max(size - 1, 0)}"), ("Docker-Upload-UUID", session)
 
 
 def upload_start(request: Request, name: str) -> Reply:
     """Mount a blob (end-11), take one whole (end-4b), or open an upload session (end-4a)."""
     mount, digest = request.parameter("mount"), request.parameter("digest")
     if mount is not None and mount_blob(request, name, parse_digest(mount)):
-        return Reply(201, blob_location(name, mount))
-    if digest is not None:
-        return upload_whole(request, name, parse_digest(digest))
-    algorithm = parse_algorithm(request.parameter("digest-algorithm") or "sha256")
-    session = request.store.start_session(name, algorithm)
-    return Reply(202, session_headers(name, session, 0))
+        return created(name, "blobs", mount)
+    if digest is None:
+        algorithm = parse_algorithm(request.parameter("digest-algorithm") or "sha256")
+        return Reply(202, session_headers(name, request.store.start_session(name, algorithm), 0))
+    with request.store.files.new_upload(algorithm_of(parse_digest(digest))) as upload:
+        receive(request, upload)
+        request.store.finish_upload(name, upload, digest)
+    return created(name, "blobs", digest)
 
 
 def mount_blob(request: Request, name: str, digest: str) -> bool:
-    """Mount a blob from the repository that the query names, or from any that the caller may pull.
-
-    For a source that is named it is enough whose token it is: some clients ask for one that is good for the
-    target only. One that the registry looks for must be in the token itself.
-    """
+    """Mount a blob from the repository that the query names, or any of 1,000 that the caller may pull."""
     access, caller, source = request.context.access, request.caller, request.parameter("from")
     if source is not None:
-        caller = Caller(caller.user)
-    sources = request.store.repositories_with(digest, MOUNT_LIMIT) if source is None else [source]
+        sources, caller = [source], Caller(caller.user)  # some clients' tokens are good for the target only
+    else:
+        sources = request.store.repositories_with(digest, 1_000)
     return any(
-        access.allows(caller, Scope("repository", candidate, "pull"))
-        and request.store.mount(name, digest, candidate)
-        for candidate in sources
+        access.allows(caller, Scope("repository", each, "pull")) and request.store.mount(name, digest, each)
+        for each in sources
     )
 
 
-def upload_whole(request: Request, name: str, digest: str) -> Reply:
-    """Take a blob from the body of the one POST that announces it."""
-    with request.store.new_upload(algorithm_of(digest)) as upload:
-        receive(request, upload)
-        request.store.finish_upload(name, upload, digest)
-    return Reply(201, blob_location(name, digest))
-
-
 def receive(request: Request, upload: UploadFile) -> None:
-    """Append the request's body, which its Content-Range must place exactly at the upload's end."""
-    length = check_content_range(request, upload)
-    start = upload.size
-    if length not in (None, upload.append(request.body.readinto, request.body.length)):
+    """Append the body, exactly where its Content-Range says. Raises UPLOAD_RANGE, SIZE_INVALID."""
+    start, length, text = upload.size, request.body.length, request.headers.get("content-range")
+    if text is not None:
+        match = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", text)
+        first, last = map(int, match.groups()) if match else (-1, -1)
+        if first != start or last < first:
+            raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {start} bytes")
+        length = last - first + 1
+    if request.method == "PUT":
+        parse_digest(request.parameter("digest") or "")  # while nothing of the body is taken
+    agrees = request.body.length in (None, length)
+    if not agrees or length not in (None, upload.append(request.body.readinto, request.body.length)):
         upload.truncate(start)
         raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
 
 
-def check_content_range(request: Request, upload: UploadFile) -> int | None:
-    """The length that Content-Range declares, if there is one. Raises UPLOAD_RANGE, SIZE_INVALID."""
-    text = request.headers.get("content-range")
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
-    first, last = (parse_count(match[1]), parse_count(match[2])) if match else (-1, -1)
-    if first != upload.size or last < first:
-        raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {upload.size} bytes")
-    length = last - first + 1
-    if request.body.length not in (None, length):
-        raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
-    return length
-
-
-@contextlib.contextmanager
-def open_session(request: Request, name: str, session: str) -> Iterator[UploadFile]:
-    """An upload session to write to; a 416 says where it stands, so that the client can go on from there."""
+def upload_append(request: Request, name: str, session: str) -> Reply:
+    """Append to an upload session (end-5), which a PUT makes a blob (end-6)."""
+    digest = request.parameter("digest") or ""
     try:
         with request.store.session(name, session) as upload:
-            yield upload
+            receive(request, upload)
+            if request.method == "PATCH":
+                return Reply(202, session_headers(name, session, upload.size))
+            request.store.finish_upload(name, upload, digest)
     except RegistryError as error:
-        if error.code in (ErrorCode.UPLOAD_RANGE, ErrorCode.UPLOAD_BUSY):
+        if error.code in (ErrorCode.UPLOAD_RANGE, ErrorCode.UPLOAD_BUSY):  # the client can go on from there
             error.headers = session_headers(name, session, request.store.session_size(name, session))
         raise
-
-
-def upload_append(request: Request, name: str, session: str) -> Reply:
-    """Append to an upload session (end-5)."""
-    with open_session(request, name, session) as upload:
-        receive(request, upload)
-        return Reply(202, session_headers(name, session, upload.size))
-
-
-def upload_finish(request: Request, name: str, session: str) -> Reply:
-    """Append to an upload session and make it a blob (end-6)."""
-    with open_session(request, name, session) as upload:
-        check_content_range(request, upload)
-        digest = parse_digest(request.parameter("digest") or "")
-        receive(request, upload)
-        request.store.finish_upload(name, upload, digest)
-    return Reply(201, blob_location(name, digest))
+    return created(name, "blobs", digest)
 
 
 def upload_status(request: Request, name: str, session: str) -> Reply:
@@ -3548,27 +3028,18 @@ def manifest_get(request: Request, name: str, reference: str) -> Reply:
 def manifest_put(request: Request, name: str, reference: str) -> Reply:
     """Push a manifest by tag or by digest (end-7)."""
     reference = check_reference(reference, ErrorCode.MANIFEST_INVALID)
-    content = request.body.read(MANIFEST_LIMIT, ErrorCode.MANIFEST_TOO_LARGE)
+    content = request.body.read()
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     manifest = parse_manifest(content, content_type)
-    tags = tag_parameters(request) if is_digest(reference) else []
-    check = functools.partial(check_preconditions, request)
-    digest = request.store.put_manifest(name, reference, manifest, content, tags=tags, check=check)
-    headers = [("Location", f"/v2/{name}/manifests/{digest}"), ("Docker-Content-Digest", digest)]
-    headers += [("OCI-Subject", manifest.subject)] if manifest.subject else []
-    headers += [("OCI-Tag", tag) for tag in tags]
-    return Reply(201, headers)
-
-
-def tag_parameters(request: Request) -> list[str]:
-    """The tags that a push by digest asks for. Raises TOO_MANY_TAGS, MANIFEST_INVALID."""
-    tags = request.parameters("tag")
+    tags = request.parameters.get("tag", []) if is_digest(reference) else []
     if len(tags) > TAG_PARAMETER_LIMIT:
         raise RegistryError(ErrorCode.TOO_MANY_TAGS)
-    for tag in tags:
-        if not TAG.fullmatch(tag):
-            raise RegistryError(ErrorCode.MANIFEST_INVALID, f"{tag} is not a tag")
-    return tags
+    if not all(map(TAG.fullmatch, tags)):
+        raise RegistryError(ErrorCode.MANIFEST_INVALID, "a tag parameter is not a tag")
+    check = functools.partial(check_preconditions, request)
+    digest = request.store.put_manifest(name, reference, manifest, content, tags=tags, check=check)
+    subject = [("OCI-Subject", manifest.subject)] if manifest.subject else []
+    return created(name, "manifests", digest, *subject, *(("OCI-Tag", tag) for tag in tags))
 
 
 def manifest_delete(request: Request, name: str, reference: str) -> Reply:
@@ -3578,38 +3049,39 @@ def manifest_delete(request: Request, name: str, reference: str) -> Reply:
     return Reply(202)
 
 
-def listing_reply(
-    request: Request, document: dict[str, Any], member: str, fetch: Callable[[str, int], list[str]]
-) -> Reply:
+def listing_reply(request: Request, fetch: Callable[[str, int], list[str]], kind: str, **more: str) -> Reply:
     """One page of names, and a link to the next. fetch takes a name and how many are wanted after it."""
-    size = page_size(request, PAGE_LIMIT)
+    text = request.parameter("n")
+    if text is not None and not re.fullmatch("[0-9]+", text):
+        raise RegistryError(ErrorCode.PAGE_INVALID, text)
+    size = PAGE_LIMIT if text is None else min(int(text[:18]), PAGE_LIMIT)
     names = fetch(request.parameter("last") or "", size + 1 if size else 0)
-    more = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
-    return json_reply({**document, member: names[:size]}, *more)
+    links = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
+    return json_reply({**more, kind: names[:size]}, *links)
 
 
 def tag_list(request: Request, name: str) -> Reply:
     """List tags (end-8a, end-8b)."""
-    return listing_reply(request, {"name": name}, "tags", functools.partial(request.store.tags, name))
-
-
-def repository_list(request: Request) -> Reply:
-    """List the repositories that the caller may pull; not in the specification, but widely used."""
-    return listing_reply(request, {}, "repositories", functools.partial(readable_repositories, request))
+    return listing_reply(request, functools.partial(request.store.tags, name), "tags", name=name)
 
 
 def readable_repositories(request: Request, last: str, limit: int) -> list[str]:
     """Up to so many repositories after one that the caller may pull, looked for where grants say they are."""
-    readable: list[str] = []
+    access, user, readable = request.context.access, request.caller.user, list[str]()
     first, step = f"{last}\0", limit
-    for start, end in sorted(request.context.access.readable_ranges(request.caller.user)):
+    for start, end in sorted(access.readable_ranges(user)):
         first = max(first, start)
         while first < end and len(readable) < limit:
             names = request.store.repositories(first, end, step)
-            readable += filter(request.may_pull, names)
+            readable += [name for name in names if access.permits(user, Scope("repository", name, "pull"))]
             first = f"{names[-1]}\0" if len(names) == step else end
             step = max(limit, LISTING_STEP)
     return readable[:limit]
+
+
+def repository_list(request: Request) -> Reply:
+    """List the repositories that the caller may pull; not in the specification, but widely used."""
+    return listing_reply(request, functools.partial(readable_repositories, request), "repositories")
 
 
 def referrer_list(request: Request, name: str, digest: str) -> Reply:
@@ -3625,53 +3097,33 @@ def referrer_list(request: Request, name: str, digest: str) -> Reply:
 
 def token_get(request: Request) -> Reply:
     """Issue a token to whoever the Authorization header names, or to anybody (Docker's token protocol)."""
-    caller = request.identify()
-    if caller.scopes is not None:  # or a token would never expire, nor its scope be a limit
+    access, (user, scopes) = request.context.access, request.caller
+    if not access.enabled:  # where everybody may do everything there are no tokens
+        raise RegistryError(ErrorCode.NOT_FOUND)
+    # For a token there is none: or it would never expire, nor its scope be a limit.
+    if scopes is not None or not (user or access.permits(None, CATALOG)):
         raise RegistryError(ErrorCode.UNAUTHORIZED)
-    return token_reply(request, caller.user, request.parameters("scope"), request.parameter("service"))
-
-
-def token_post(request: Request) -> Reply:
-    """Issue a token for a user name and password sent as a form (OAuth 2.0, RFC 6749, 4.3)."""
-    try:
-        form = parse_parameters(request.body.read(FORM_LIMIT, ErrorCode.FORM_TOO_LARGE).decode("ascii"))
-    except UnicodeDecodeError:
-        raise RegistryError(ErrorCode.BAD_REQUEST, "the form is not ASCII") from None
-    values = {name: form.get(name, [""])[0] for name in ("grant_type", "username", "password", "service")}
-    if values["grant_type"] != "password":
-        raise RegistryError(ErrorCode.UNSUPPORTED, "the only grant_type here is password")
-    user = request.context.access.log_in(values["username"], values["password"], request.address)
-    return token_reply(request, user, form.get("scope", []), values["service"])
-
-
-def token_reply(request: Request, user: str | None, scopes: list[str], service: str | None) -> Reply:
-    """A token. Raises UNAUTHORIZED where only users may do anything, UNSUPPORTED for another service."""
-    access = request.context.access
-    if service and service != access.service:
+    if request.parameter("service") not in (None, "", access.service):
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
-    if user is None and not access.admits_anonymous():
-        raise RegistryError(ErrorCode.UNAUTHORIZED)
-    requested = [scope for text in " ".join(scopes).split() for scope in parse_scope(text)]
-    return json_reply(access.issue_token(user, requested), ("Cache-Control", "no-store"))
+    texts = " ".join(request.parameters.get("scope", [])).split()
+    token = access.issue_token(user, [scope for text in texts for scope in parse_scope(text)])
+    return json_reply(token, ("Cache-Control", "no-store"))
 
 
 # === Routes ===========================================================================================
 
 
 class Route(NamedTuple):
-    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler.
-
-    access: the action that the caller must be allowed, "login" for none in particular, "" for anybody.
-    """
+    """An operation: GET serves HEAD too. Each <part> of the path is an argument of the handler."""
 
     method: str
     path: str
     handler: Callable[..., Reply]
-    access: str
+    access: str  # the action that the caller must be allowed, "login" for none in particular, "" for anybody
 
 
 ROUTES = (
-    Route("GET", "/v2/", version_get, "login"),
+    Route("GET", "/v2/", lambda request: json_reply({}), "login"),
     Route("GET", "/v2/_catalog", repository_list, "catalog"),
     Route("GET", "/v2/<name>/tags/list", tag_list, "pull"),
     Route("GET", "/v2/<name>/manifests/<reference>", manifest_get, "pull"),
@@ -3681,58 +3133,42 @@ ROUTES = (
     Route("POST", "/v2/<name>/blobs/uploads/", upload_start, "push"),
     Route("GET", "/v2/<name>/blobs/uploads/<session>", upload_status, "push"),
     Route("PATCH", "/v2/<name>/blobs/uploads/<session>", upload_append, "push"),
-    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_finish, "push"),
+    Route("PUT", "/v2/<name>/blobs/uploads/<session>", upload_append, "push"),
     Route("DELETE", "/v2/<name>/blobs/uploads/<session>", upload_cancel, "push"),
     Route("GET", "/v2/<name>/blobs/<digest>", blob_get, "pull"),
     Route("DELETE", "/v2/<name>/blobs/<digest>", blob_delete, "delete"),
     Route("GET", TOKEN_PATH, token_get, ""),
-    Route("POST", TOKEN_PATH, token_post, ""),
 )
 
-
-def _compile_routes() -> list[tuple[re.Pattern[str], dict[str, Route]]]:
-    """The methods of each path. A name may hold slashes, and takes all that the rest of the path leaves."""
-    paths: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
-        pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", route.path).replace("<name>[^/]", "<name>.")
-        pattern += "?" if pattern.endswith("/") else ""
-        methods = paths.setdefault(pattern, {})
-        methods[route.method] = route
-        if route.method == "GET":
-            methods["HEAD"] = route
-    return [(re.compile(pattern, re.DOTALL), methods) for pattern, methods in paths.items()]
-
-
-_COMPILED_ROUTES = _compile_routes()
+_PATHS: dict[re.Pattern[str], dict[str, Route]] = {}
+for _route in ROUTES:  # a name may hold slashes, and takes all that the rest of the path leaves
+    _pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", _route.path).replace("<name>[^/]", "<name>.")
+    _pattern += "?" * _pattern.endswith("/")
+    _PATHS.setdefault(re.compile(_pattern, re.DOTALL), {})[_route.method] = _route
 
 
 @functools.lru_cache(maxsize=1024)
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
-    for pattern, methods in _COMPILED_ROUTES:
+    for pattern, methods in _PATHS.items():
         match = pattern.fullmatch(path)
         if match:
             return methods, match.groupdict()
     raise RegistryError(ErrorCode.NOT_FOUND)
 
 
-def is_name(name: str) -> bool:
-    """Whether this is a legal repository name (specification, "Pulling manifests")."""
-    return len(name) <= NAME_LIMIT and NAME.fullmatch(name) is not None
-
-
 def dispatch(request: Request) -> Reply:
     """Run the operation that a request asks for. Raises whatever keeps it from being answered."""
     find = find_path if len(request.path) <= 2 * NAME_LIMIT else find_path.__wrapped__  # which remembers none
     methods, arguments = find(request.path)
+    route = methods.get("GET" if request.method == "HEAD" else request.method)
     try:
-        return run_route(request, methods.get(request.method), arguments)
+        return run_route(request, route, arguments)
     except RegistryError as error:
         if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            writable = not request.store.read_only
-            others = [name for name in methods if name != request.method]
-            allowed = [name for name in others if writable or methods[name].access not in ("push", "delete")]
-            error.headers = (("Allow", ", ".join(sorted(allowed))),)
+            closed = ("push", "delete") if request.store.read_only else ()
+            allowed = [name for name, at in methods.items() if at != route and at.access not in closed]
+            error.headers = (("Allow", ", ".join(sorted(allowed)).replace("GET", "GET, HEAD")),)
         raise
 
 
@@ -3740,16 +3176,14 @@ def run_route(request: Request, route: Route | None, arguments: dict[str, str]) 
     """Run an operation on what the path names, if that is well-formed and the caller may."""
     if route is None:
         raise RegistryError(ErrorCode.METHOD_NOT_ALLOWED)
-    if "name" in arguments and not is_name(arguments["name"]):
+    name = arguments.get("name")
+    if name is not None and not NAME.fullmatch(name):
         writes = request.method in ("POST", "PUT", "PATCH")
-        raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, arguments["name"])
+        raise RegistryError(ErrorCode.NAME_INVALID if writes else ErrorCode.NAME_UNKNOWN, name)
     if request.store.read_only and route.access in ("push", "delete"):
         raise RegistryError(ErrorCode.READ_ONLY)
-    if not request.context.access.enabled:
-        if not route.access:  # where everybody may do everything there are no tokens
-            raise RegistryError(ErrorCode.NOT_FOUND)
-    elif route.access:
-        authorize(request, route.access, arguments.get("name", ""))
+    if request.context.access.enabled:
+        authorize(request, route.access, name or "")
     return route.handler(request, **arguments)
 
 
@@ -3758,16 +3192,14 @@ def authorize(request: Request, action: str, name: str) -> None:
 
     Raises UNAUTHORIZED when other credentials, or a token with more in it, could help; else DENIED.
     """
-    access = request.context.access
+    access, headers = request.context.access, request.headers
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
-    request.wanted = None if action == "login" else scope
-    request.caller = caller = request.identify()
-    allowed = caller != Caller(None) if action == "login" else access.allows(caller, scope)
-    if allowed:
-        return
-    if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
-        raise RegistryError(ErrorCode.UNAUTHORIZED)
-    raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
+    request.wanted = None if action in ("login", "") else scope
+    request.caller = caller = access.identify(headers.get("authorization", ""), request.address)
+    if not (access.allows(caller, scope) if request.wanted else action == "" or caller != Caller(None)):
+        if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
+            raise RegistryError(ErrorCode.UNAUTHORIZED)
+        raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
 
 
 def challenge(request: Request) -> str:
@@ -3786,20 +3218,17 @@ def challenge(request: Request) -> str:
 def error_reply(error: Exception, request: Request | None = None) -> Reply:
     """The one place that turns an exception into a reply; what is nobody's fault but ours is logged."""
     if not isinstance(error, RegistryError):
-        error = _translate(error)
+        if is_out_of_space(error):
+            error = RegistryError(ErrorCode.STORAGE_FULL)
+        elif is_busy(error):
+            error = RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
+        else:
+            write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
+            error = RegistryError(ErrorCode.INTERNAL)
     headers = [("Content-Type", JSON), *error.headers]
     if request and error.code is ErrorCode.UNAUTHORIZED:
         headers.append(("WWW-Authenticate", challenge(request)))
-    return Reply(error.code.status, headers, error.document())
-
-
-def _translate(error: Exception) -> RegistryError:
-    if is_out_of_space(error):
-        return RegistryError(ErrorCode.STORAGE_FULL)
-    if is_busy(error):
-        return RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
-    write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
-    return RegistryError(ErrorCode.INTERNAL)
+    return Reply(error.code.status, headers, encode_json(error.document()))
 
 
 # === Server ===========================================================================================
@@ -3940,7 +3369,7 @@ class Server(ThreadingHTTPServer):
         listener: socket.socket,
         context: Context,
         *,
-        tls: WatchedFiles[ssl.SSLContext] | None = None,
+        tls: WatchedFiles | None = None,
         max_connections: int = MAX_CONNECTIONS,
         parent_alive: socket.socket | None = None,
         log: Callable[[str], None] | None = None,
@@ -4088,13 +3517,8 @@ def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
     """A store, or a StartupError that says why there is none; takes what Store takes."""
     if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
         raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
-    try:
+    with explain_failure(f"cannot use {data} as data directory", "name one that you can write to"):
         return Store(data, **options)
-    except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartupError(
-            f"cannot use {os.fspath(data)} as data directory: {reason}; name one that you can write to"
-        ) from error
 
 
 _running: set[Registry] = set()  # those that are open in this process
@@ -4103,10 +3527,7 @@ _inherited: set[str] = set()  # data directories that were open in another when 
 
 @dataclasses.dataclass(eq=False)
 class Registry:
-    """A registry in this process.
-
-        with Registry() as registry:
-            push_to(registry.url)
+    """A registry in this process, for as long as a `with` block lasts, or from start to close.
 
     Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
     It belongs to the process that started it. One that is forked from it can end, or have its own.
@@ -4133,23 +3554,27 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._stop_deadline = 0.0
-        self._token_key: bytes | None = None  # once known, that of every worker
+        self._spare_key = secrets.token_bytes(32)  # signs tokens where none can be kept; the workers' as well
         self._resources = contextlib.ExitStack()
-
-    def __enter__(self) -> Registry:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def start(self) -> Registry:
         """Begin to serve in the background, for the first time or after close. Raises StartupError."""
         self.open()
-        thread = threading.Thread(target=self.serve, name="registry", daemon=True)
+        thread = threading.Thread(target=self.server.serve_forever, name="registry", daemon=True)
         thread.start()
         self._resources.callback(thread.join)
-        self._resources.callback(self.server.stop_accepting)
         return self
+
+    __enter__ = start
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def bind(self) -> socket.socket:
+        """A socket that listens where this registry is to. Raises StartupError."""
+        failure = f"cannot listen on {self.host} port {self.port}"
+        with explain_failure(failure, "choose another --host or --port"):
+            return listen(self.host, self.port)
 
     def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
@@ -4158,9 +3583,18 @@ class Registry:
         self._check_options()
         with contextlib.ExitStack() as resources:
             resources.callback(_running.discard, self)
-            self.store = self._open_store(resources)
+            data = self.data
+            if data is None:
+                data = tempfile.mkdtemp(prefix="registry-")
+                resources.callback(shutil.rmtree, data, ignore_errors=True)
+            durable = self.data is not None if self.sync is None else self.sync
+            self.store = open_store(
+                data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
+            )
             resources.callback(self.store.close)
-            self.server = self._open_server(listener or self.bind(), parent_alive)
+            listener = listener or self.bind()
+            resources.callback(listener.close)
+            self.server = self._make_server(listener, parent_alive)
             resources.callback(self.server.server_close)
             resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
@@ -4170,102 +3604,60 @@ class Registry:
             self._resources = resources.pop_all()
             _running.add(self)
 
-    def _open_store(self, resources: contextlib.ExitStack) -> Store:
-        data, durable = self.data, self.sync
-        if data is None:
-            data = tempfile.mkdtemp(prefix="registry-")
-            resources.callback(shutil.rmtree, data, ignore_errors=True)
-        if durable is None:
-            durable = self.data is not None
-        return open_store(
-            data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
-        )
-
-    def bind(self) -> socket.socket:
-        """A socket that listens where this registry is to. Raises StartupError."""
-        try:
-            return listen(self.host, self.port)
-        except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise StartupError(
-                f"cannot listen on {self.host} port {self.port}: {reason}; choose another --host or --port"
-            ) from error
-
     def _check_options(self) -> None:
+        """Raise a StartupError for options that cannot be, or not together."""
         if self.data is not None and os.path.realpath(self.data) in _inherited:
-            raise StartupError(  # SQLite here would take the locks of the process it is a copy of for its own
-                f"{os.fspath(self.data)} was in use when this process was forked; start a process anew for it"
-            )
+            # SQLite here would take the locks of the process it is a copy of for its own.
+            raise StartupError(f"{self.data} was in use when this process was forked; start one anew for it")
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
-        if self.anonymous_pull and not self.users:
-            raise StartupError(
-                "without users everybody may push as well; give --users, or leave anonymous pulls out"
-            )
+        if not self.users and (self.grants or self.anonymous_pull):
+            raise StartupError("grants and anonymous pulls are nothing without users; give --users as well")
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
-    def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
-        limit = self.max_connections
-        if resource and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+    def _make_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+        limit, (files, _) = self.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
-        with contextlib.ExitStack() as undo:
-            undo.callback(listener.close)
-            tls = watch_certificate(self.tls_cert, self.tls_key) if self.tls_cert else None
-            try:
-                proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
-            except ValueError as error:
-                raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
-            context = Context(self.store, self._open_access(limit), self.public_url, tls is not None, proxies)
-            undo.pop_all()
+        path = f"{self.store.files.root}/token.key"
+        key = (load_key(path, create=not self.read_only) if self.users else b"") or self._spare_key
+        access = Access(self.users, self.grants, anonymous_pull=self.anonymous_pull, key=key, limit=limit)
+        tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
+        with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
+            proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
+        context = Context(self.store, access, self.public_url, tls is not None, proxies)
         return Server(
-            listener,
-            context,
-            tls=tls,
-            max_connections=limit,
-            parent_alive=parent_alive,
-            log=self.log,
-        )
-
-    def _open_access(self, max_connections: int) -> Access:
-        if self._token_key is None and self.users:
-            path = os.path.join(self.store.files.root, "token.key")
-            self._token_key = load_key(path, create=not self.read_only)
-        return Access(
-            self.users,
-            self.grants,
-            anonymous_pull=self.anonymous_pull,
-            key=self._token_key or b"",
-            max_logins=max(max_connections // 2, 1),
+            listener, context, tls=tls, max_connections=limit, parent_alive=parent_alive, log=self.log
         )
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
+        """Have a thread do what comes round, each job at its interval, until the resources are freed."""
         stop = threading.Event()
-        housekeeper = threading.Thread(target=self._run_periodic_jobs, args=(stop,), daemon=True)
-        housekeeper.start()
-        resources.callback(lambda: housekeeper.join(max(0.0, self._stop_deadline - time.monotonic())))
-        resources.callback(stop.set)
-
-    def _run_periodic_jobs(self, stop: threading.Event) -> None:
-        """Do what comes round, each job at its interval, until told to stop."""
-        jobs: list[tuple[float, Callable[[], object]]] = [
-            (FLUSH_INTERVAL, self.store.flush_pulls),
-            (FLUSH_INTERVAL, self.store.files.keep_reserve),
-            (EXPIRY_INTERVAL, self.store.expire_uploads),
-        ]
-        due = [time.monotonic() + interval for interval, _ in jobs]
+        intervals: dict[Callable[[], object], float] = {
+            self.store.flush_pulls: FLUSH_INTERVAL,
+            self.store.files.keep_reserve: FLUSH_INTERVAL,
+            self.store.expire_uploads: EXPIRY_INTERVAL,
+        }
+        due = {job: time.monotonic() + interval for job, interval in intervals.items()}
         if self.gc_interval:
-            jobs.append((self.gc_interval, lambda: self._collect_garbage(stop)))
+            collect = functools.partial(self._collect_garbage, stop)
             passed = abs(time.time() - self.store.files.collected_at())  # its clock may have been ahead
-            due.append(time.monotonic() + max(0.0, self.gc_interval - passed))
-        while not stop.wait(max(0.0, min(due) - time.monotonic())):
-            number = due.index(min(due))
-            interval, job = jobs[number]
-            try:
-                job()
-            except Exception:  # the disk may be full; it need not stay so
-                write_log(traceback.format_exc(), end="")
-            due[number] = time.monotonic() + interval
+            intervals[collect], due[collect] = self.gc_interval, time.monotonic() + self.gc_interval - passed
+
+        def run() -> None:
+            while not stop.wait(min(due.values()) - time.monotonic()):
+                job = min(due, key=due.__getitem__)
+                try:
+                    job()
+                except Exception:  # the disk may be full; it need not stay so
+                    write_log(traceback.format_exc(), end="")
+                due[job] = time.monotonic() + intervals[job]
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        resources.callback(lambda: thread.join(max(0.0, self._stop_deadline - time.monotonic())))
+        resources.callback(stop.set)
 
     def _collect_garbage(self, stop: threading.Event) -> None:
         """Collect, and with the first collection of a day (UTC) walk over blobs/."""
@@ -4273,18 +3665,14 @@ class Registry:
         collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stop.is_set)
         collector.run(walk=walk)
         if not stop.is_set():
-            self.store.files.note_collection()
+            self.store.files.collected_at(now=True)
         if self.log and collector.summary():
             self.log(f"gc removed {collector.summary()}")
-
-    def serve(self) -> None:
-        """Accept connections until stop; after open."""
-        self.server.serve_forever()
 
     def close(self, timeout: float = 1.0) -> None:
         """Stop, giving requests in flight so many seconds, and free everything."""
         self._stop_deadline = time.monotonic() + timeout
-        if hasattr(self, "server"):
+        if self in _running:
             self.server.stop_accepting()
         self._resources.close()
 
@@ -4313,8 +3701,7 @@ def _leave_to_parent() -> None:
     _running.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 # === Command line =====================================================================================
 
@@ -4378,7 +3765,7 @@ def stop_on_signals(server: Server, *signals: signal.Signals) -> None:
 
 def serve_until_stopped(registry: Registry) -> None:
     """Serve in this thread, and close what was opened when it is over."""
-    registry.serve()
+    registry.server.serve_forever()
     signal.set_wakeup_fd(-1)
     registry.close(STOP_TIMEOUT)
 
@@ -4480,8 +3867,6 @@ def exposure_warnings(options: argparse.Namespace) -> list[str]:
 
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system will: each connection takes one, and often a file with it."""
-    if resource is None:
-        return
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         enough = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS allows no more than that
@@ -4565,27 +3950,23 @@ def command_verify(options: argparse.Namespace) -> int:
 def command_passwd(options: argparse.Namespace) -> None:
     """Set a user's password, or remove the user."""
     name, line = options.name, None
-    try:
+    with explain_failure(f"cannot change {options.users}"):
         if not options.delete:
             if not re.fullmatch(rf"(?!#)[^\s:]{{1,{USER_LIMIT}}}", name) or not name.isprintable():
-                raise ValueError(
-                    f"a name has no white space, colon, # in front, or over {USER_LIMIT} characters"
-                )
+                raise ValueError(f"names have 1 to {USER_LIMIT} characters, no space or colon, no # in front")
             line = f"{name}:{hash_password(ask_password())}"
         change_user(os.path.realpath(options.users), name, line)
-    except (OSError, ValueError) as error:
-        raise StartupError(f"cannot change {options.users}: {error}") from error
 
 
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
     with locked_directory(os.path.dirname(path)):
-        text = Path(path).read_text(encoding="utf-8-sig") if os.path.exists(path) else ""
-        lines = [other for other in text.splitlines() if other.partition(":")[0].strip() != name]
-        if line is None and len(lines) == len(text.splitlines()):
+        before = Path(path).read_text(encoding="utf-8-sig").splitlines() if os.path.exists(path) else []
+        after = [other for other in before if other.partition(":")[0].strip() != name]
+        if line is None and after == before:
             raise StartupError(f"there is no {name} in {path}")
-        content = "".join(f"{other}\n" for other in (lines if line is None else [*lines, line]))
-        replace_file(path, content.encode("utf-8"))
+        after += [] if line is None else [line]
+        replace_file(path, "".join(f"{each}\n" for each in after).encode("utf-8"))
 
 
 def ask_password() -> str:

@@ -118,6 +118,12 @@ CREATE TABLE IF NOT EXISTS manifest_references (
 CREATE INDEX IF NOT EXISTS manifest_references_by_child
     ON manifest_references (repository_id, child);
 
+-- What manifests need and their repositories lack.
+CREATE VIEW IF NOT EXISTS missing_children AS
+    SELECT repository_id, manifest, child FROM manifest_references c
+    WHERE required AND NOT EXISTS (SELECT 1 FROM repository_blobs l
+        WHERE l.repository_id = c.repository_id AND l.digest = c.child);
+
 CREATE TRIGGER IF NOT EXISTS reference_added AFTER INSERT ON manifest_references BEGIN
     UPDATE repository_blobs SET needed_by = needed_by + 1
     WHERE repository_id = NEW.repository_id AND digest = NEW.child;

@@ -68,7 +68,7 @@ def serve(data: str, countdown: Countdown, *, whole: bool) -> None:
     daemon.open()
     _say(1, json.dumps({"host": daemon.netloc}).encode() + b"\n")
     countdown.armed = True
-    daemon.serve()
+    daemon.server.serve_forever()
 
 
 def obey(countdown: Countdown) -> None:

@@ -63,7 +63,7 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     """What `python registry.py` does with these arguments, done in this process, a tenth as long."""
     streams = {"stdin": io.StringIO(stdin), "stdout": io.StringIO(), "stderr": io.StringIO()}
     handler = signal.getsignal(signal.SIGTERM)
-    serve = mock.patch.object(registry.Registry, "serve", lambda _self: None)  # a daemon that starts ends
+    serve = mock.patch.object(registry.Server, "serve_forever", lambda _self: None)  # or it would serve
     with mock.patch.multiple(sys, **streams), serve:
         try:
             status = registry.main(arguments)

@@ -253,8 +253,10 @@ class TraceTest(HTTPTestCase):
     def test_garbage_collection_that_waits_does_not_hold_it_up(self) -> None:
         begun, end = threading.Event(), threading.Event()
         self.addCleanup(end.set)
+        threads: list[threading.Thread] = []
 
         def collect(*_: object) -> None:
+            threads.append(threading.current_thread())
             begun.set()
             end.wait(TIMEOUT)
 
@@ -262,6 +264,8 @@ class TraceTest(HTTPTestCase):
             running = Registry(gc_interval=0.01).start()
             self.assertTrue(begun.wait(TIMEOUT))
             self.assertLess(elapsed(lambda: running.close(timeout=0.1)), TIMEOUT / 2)
+        end.set()
+        threads[0].join(TIMEOUT)  # or the next test would see it
 
 
 class TwiceTest(HTTPTestCase):

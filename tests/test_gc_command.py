@@ -240,7 +240,7 @@ class Housekeeping(HTTPTestCase):
             file = Path(data) / "blobs" / "sha256" / ("3" * 64)
             for collected, walks in ((now, True), (now + DAY, False), (now + 3 * DAY, True)):
                 file.write_bytes(b"left by a crash")
-                running.store.files.note_collection()
+                running.store.files.collected_at(now=True)
                 os.utime(f"{data}/last-gc", (collected, collected))
                 with mock.patch("time.time", lambda: now + DAY):
                     running._collect_garbage(threading.Event())

@@ -6,9 +6,8 @@ import contextlib
 import os
 import time
 
-import registry
 from registry import Registry
-from tests.credentials import users_line
+from tests.credentials import basic, users_line
 from tests.support import (
     MEBIBYTE,
     TIMEOUT,
@@ -77,7 +76,7 @@ class TimeoutTest(HTTPTestCase):
         connection.send(bytes([byte]))
 
     def test_a_body_kept_in_memory_may_not_trickle_in_for_ever(self) -> None:
-        self.patch(SLOWEST_BODY=registry.COUNT_LIMIT)
+        self.patch(SLOWEST_BODY=10**18)
         for framing, piece in (
             ("Content-Length: 10000", b"x"),
             ("Transfer-Encoding: chunked", b"1\r\nx\r\n"),
@@ -100,6 +99,7 @@ class EarlyReplyTest(HTTPTestCase):
 
     LIMIT = 4
     SMALL, LARGE, CHUNKED = "Content-Length: 10", "Content-Length: 1000000000", "Transfer-Encoding: chunked"
+    AUTHORIZATION = "Authorization: " + basic("a", "b")
 
     def setUp(self) -> None:
         users = self.temporary() / "users"
@@ -187,25 +187,30 @@ class EarlyReplyTest(HTTPTestCase):
                     connection._socket.sendall(b"GET /v2/unknown HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
             self.assert_status(Client(running.netloc).get("/v2/"), 200)
 
-    def test_whoever_sends_a_form_slowly_makes_room(self) -> None:
+    def test_whoever_sends_a_manifest_slowly_makes_room(self) -> None:
         self.patch(EVICTION_DELAY=0.0)
+        path, lines = self.client.path("manifests/slow"), ("Expect: 100-continue", self.AUTHORIZATION)
         for _ in range(self.LIMIT):
-            connection = self.connect().request("POST", "/token", self.SMALL, "Expect: 100-continue")
+            connection = self.connect().request("PUT", path, self.SMALL, *lines)
             self.assert_status(connection.read(), 100)
         self.assert_served()
 
     def test_whoever_is_refused_again_and_again_makes_room(self) -> None:
         """Each time with the end of one body, and the head of the next request that owes one."""
         self.patch(EVICTION_DELAY=0.2)
-        for path, *lines in ((self.client.path("blobs/uploads/"),), ("/token", "Expect: 100-continue")):
+        for path, *lines in (
+            (self.client.path("blobs/uploads/"),),
+            (self.client.path("manifests/bad"), "Expect: 100-continue", self.AUTHORIZATION),
+        ):
             with self.subTest(path):
                 held = [self.connect() for _ in range(self.LIMIT)]
                 wait_until(lambda: self.is_served_beside(held, path, *lines), "for room")  # noqa: B023
 
     def is_served_beside(self, held: list[RawConnection], path: str, *lines: str) -> bool:
         """Whether there is room for another while all these are refused once more."""
+        method = "PUT" if lines else "POST"
         for connection in held:
-            connection.request("POST", path, self.SMALL, *lines).read_unless_closed()
+            connection.request(method, path, self.SMALL, *lines).read_unless_closed()
         status = self.client.get("/v2/").status
         for connection in held:
             connection.send(b"1234567890")

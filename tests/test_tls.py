@@ -263,7 +263,7 @@ class EndTest(TLSTestCase):
         self.assertIn(b"201 Created", secure.recv(65536))
 
     def test_nothing_is_renegotiated(self) -> None:
-        context = registry.watch_certificate(str(self.certificate), str(self.key)).get()
+        context = registry.load_certificate(str(self.certificate), str(self.key))
         self.assertTrue(context.options & ssl.OP_NO_RENEGOTIATION)
 
 

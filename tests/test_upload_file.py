@@ -11,7 +11,6 @@ import itertools
 import os
 import shutil
 import sqlite3
-import stat
 import threading
 import time
 import tracemalloc
@@ -144,7 +143,7 @@ class BuffersTest(UploadTestCase):
                 left[0] -= count
                 return count
 
-            with self.registry.store.new_upload("sha256") as file:
+            with self.registry.store.files.new_upload("sha256") as file:
                 return file.append(readinto)
 
         tracemalloc.start()
@@ -170,7 +169,7 @@ class BuffersTest(UploadTestCase):
             for size in (65_535, 65_536, 65_537, 5 * MEBIBYTE + 1):
                 with (
                     self.subTest(lanes=lanes, size=size),
-                    mock.patch.object(registry.UploadFile, "_large", threading.Semaphore(lanes)),
+                    mock.patch.object(registry.UploadFile, "LARGE", threading.Semaphore(lanes)),
                 ):
                     content = os.urandom(size)
                     self.client.push_blob(content)
@@ -184,12 +183,12 @@ class BuffersTest(UploadTestCase):
             for failing in (1, 2, 3):
                 with (
                     self.subTest(lanes=lanes, failing=failing),
-                    mock.patch.object(registry.UploadFile, "_large", threading.Semaphore(lanes)),
+                    mock.patch.object(registry.UploadFile, "LARGE", threading.Semaphore(lanes)),
                 ):
                     self.fail_write(failing)
 
     def test_what_was_taken_back_is_no_part_of_the_digest(self) -> None:
-        with self.registry.store.new_upload("sha256") as file:
+        with self.registry.store.files.new_upload("sha256") as file:
             file.append(io.BytesIO(b"taken back").readinto)
             file.truncate(5)
             self.assertEqual(file.digest("sha256"), digest_of(b"taken"))
@@ -206,9 +205,9 @@ class BuffersTest(UploadTestCase):
                 raise OSError(errno.EIO, "broken")
 
         file = self.registry.store.files.new_upload("sha256")
-        file._check_space = check_space
+        checked = mock.patch.object(file._files, "check_space", check_space)
         try:
-            with self.assertRaisesRegex(OSError, "broken"):
+            with checked, self.assertRaisesRegex(OSError, "broken"):
                 file.append(io.BytesIO(os.urandom(5 * MEBIBYTE)).readinto)
             self.assertEqual(os.path.getsize(file.path), sizes[-1])
             self.assertEqual(len(sizes), failing + 1)
@@ -295,7 +294,7 @@ class DirectoryTest(HTTPTestCase):
         client = self.start()
         location = client.open_upload()
         with self.store.session("app", location.rpartition("/")[2]) as upload:
-            inherited = os.dup(upload._file.fileno())  # what fork does
+            inherited = os.dup(upload.fileno())  # what fork does
             self.addCleanup(os.close, inherited)
         self.assert_status(client.patch(location, b"x"), 202)
 
@@ -330,25 +329,6 @@ class DirectoryTest(HTTPTestCase):
             self.assert_error(client.put(finish), 500)
         self.assert_error(client.put(finish), 404, "BLOB_UPLOAD_UNKNOWN")
         self.assert_takes_uploads(client)
-
-    def test_where_only_what_can_be_written_can_be_locked(self) -> None:
-        """As on NFS, says flock(2)."""
-        flock = fcntl.flock
-
-        def flock_on_nfs(file: Any, operation: int) -> None:
-            access = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
-            is_file = stat.S_ISREG(os.stat(file if isinstance(file, int) else file.fileno()).st_mode)
-            if is_file and access == os.O_RDONLY and operation & fcntl.LOCK_EX:
-                raise OSError(errno.EBADF, "Bad file descriptor")
-            flock(file, operation)
-
-        with mock.patch.object(fcntl, "flock", flock_on_nfs):
-            client = self.start()
-            self.assert_takes_uploads(client)
-            location = client.open_upload()
-            with self.store.session("app", location.rpartition("/")[2]):
-                self.assert_error(client.patch(location, b"x"), 416)
-            self.assert_status(client.patch(location, b"x"), 202)
 
     def test_without_a_data_directory_a_push_fails_at_once(self) -> None:
         client = self.start()

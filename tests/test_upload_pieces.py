@@ -95,16 +95,17 @@ class PatchTest(UploadTestCase):
     def test_a_malformed_content_range_appends_nothing(self) -> None:
         location = self.client.open_upload()
         self.append(location, b"abcde")
-        for content_range in ("abc", "5", "5-", "-9", "9-5", "5-9-10", "5 9", "5.0-9", "\xb2-\xb3"):
-            with self.subTest(content_range):
+        malformed = "abc", "5", "5-", "-9", "9-5", "5-9-10", "5 9", "5.0-9", "\xb2-\xb3", "5-" + "9" * 5000
+        for content_range in malformed:
+            with self.subTest(content_range[:20]):
                 response = self.append(location, b"fghij", content_range)
                 self.assert_error(response, 416, "BLOB_UPLOAD_INVALID")
                 self.assertEqual(self.received(location), "0-4")
         self.finish(location, b"abcde")
 
     def test_a_range_of_another_length_than_the_body_is_never_taken_whole(self) -> None:
-        for content_range in ("5-6", "5-20", "5-" + "9" * 5000):
-            with self.subTest(content_range[:20]):
+        for content_range in ("5-6", "5-20"):
+            with self.subTest(content_range):
                 location = self.client.open_upload()
                 self.append(location, b"abcde")
                 for body in (b"fghij", iter([b"fg", b"hij"])):

@@ -48,7 +48,7 @@ class Row(NamedTuple):
     headers: Any = ()
 
 
-class TableTest(AccessTestCase):
+class RightsOnEveryRoute(AccessTestCase):
     """Every route for every kind of caller, by what the rules say and not by what the code does."""
 
     def setUp(self) -> None:
@@ -215,7 +215,7 @@ class TableTest(AccessTestCase):
         return Row(method, path, "push", {"GET": 204, "PATCH": 202, "DELETE": 204}[method], body)
 
 
-class SecrecyTest(AccessTestCase):
+class NothingIsGivenAway(AccessTestCase):
     SECRET: ClassVar = "correct-horse-battery"
 
     @unittest.skipUnless(os.name == "posix", "needs permissions")

@@ -20,7 +20,7 @@ def readme_commands() -> str:
 
 
 @unittest.skipUnless(sys.platform == "linux", "the commands are those of GNU's cp")
-class BackupTest(HTTPTestCase):
+class BackupsRestore(HTTPTestCase):
     def setUp(self) -> None:
         self.directory = self.temporary()
 

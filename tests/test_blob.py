@@ -7,7 +7,7 @@ import os
 from tests.support import MALFORMED_DIGESTS, MEBIBYTE, RegistryTestCase, Response, digest_of, unique
 
 
-class BlobTest(RegistryTestCase):
+class BlobsAreServedAsPushed(RegistryTestCase):
     def test_a_blob_is_served_as_pushed(self) -> None:
         for algorithm in ("sha256", "sha512"):
             with self.subTest(algorithm):
@@ -94,7 +94,7 @@ class BlobTest(RegistryTestCase):
             self.assertEqual((self.data.path / "blobs" / name / hexadecimal).read_bytes(), content)
 
 
-class RangeTest(RegistryTestCase):
+class RangesAreExact(RegistryTestCase):
     CONTENT = b"0123456789"
 
     def setUp(self) -> None:

@@ -24,7 +24,7 @@ BAD_COUNTS = (
 HUGE_COUNTS = ("99999", str(2**63), str(10**30))
 
 
-class CatalogTest(HTTPTestCase):
+class RepositoriesAreListed(HTTPTestCase):
     NAMES = ("0", "a", "a-b", "a.b", "a/b", "a/b/c", "a1", "a_b", "ab", "b/blobs/uploads", "z")
 
     def setUp(self) -> None:

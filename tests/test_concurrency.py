@@ -78,7 +78,7 @@ def at_once(functions: list[Callable[[], set[int]]]) -> set[int]:
     return set().union(*run_at_once(*functions))
 
 
-class PushTest(ConcurrencyTestCase):
+class PushesAtOnce(ConcurrencyTestCase):
     def test_one_image_under_one_tag(self) -> None:
         contents = [b"{}", os.urandom(100_000), unique(), unique()]
         pushes = [functools.partial(push, self.client, contents, "latest") for _ in range(PUSHERS)]
@@ -150,7 +150,7 @@ class PushTest(ConcurrencyTestCase):
         self.assertEqual(sorted(each["digest"] for each in listed), sorted(digests))
 
 
-class DeleteTest(ConcurrencyTestCase):
+class DeletesAtOnce(ConcurrencyTestCase):
     def test_one_of_many_deletions_succeeds(self) -> None:
         for _ in range(5):
             image = self.client.push_image("latest")
@@ -264,7 +264,7 @@ class DeleteTest(ConcurrencyTestCase):
         self.assertEqual(run_at_once(move, move, pull, pull), [{201}, {201}, {200}, {200}])
 
 
-class SharedDirectoryTest(ConcurrencyTestCase):
+class RegistriesShareADirectory(ConcurrencyTestCase):
     """Two registries on one data directory, as two daemons have it."""
 
     def test_manifests_refused_at_once_leave_no_file(self) -> None:
@@ -330,7 +330,7 @@ class SharedDirectoryTest(ConcurrencyTestCase):
         self.assertEqual(statuses, {201, 202})
 
 
-class TakingTurnsTest(ConcurrencyTestCase):
+class RegistriesTakeTurns(ConcurrencyTestCase):
     """Two registries on one data directory that write to one upload session."""
 
     def setUp(self) -> None:

@@ -6,7 +6,7 @@ from tests.manifests import ManifestTestCase
 from tests.support import OCI_MANIFEST, RegistryTestCase, Response, descriptor, digest_of, encode, unique
 
 
-class PreconditionTest(ManifestTestCase):
+class ConditionsOnManifests(ManifestTestCase):
     """If-Match and If-None-Match (RFC 9110, 13) on what changes and what reads manifests."""
 
     def setUp(self) -> None:
@@ -114,7 +114,7 @@ class PreconditionTest(ManifestTestCase):
                         self.assert_status(self.client.request(method, path, headers=condition), status)
 
 
-class ConditionTest(RegistryTestCase):
+class ConditionsOnBlobs(RegistryTestCase):
     def test_a_known_etag_saves_the_bytes(self) -> None:
         digest = self.client.push_blob(unique())
         etag = self.client.get(f"blobs/{digest}").headers["ETag"]

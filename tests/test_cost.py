@@ -117,7 +117,7 @@ def unreadable(first: int, last: int) -> list[tuple[int, str]]:
     return [(number, f"{'many' if number % 2 else 'no'}/r{number:06}") for number in range(first, last)]
 
 
-class CatalogCostTest(CostTestCase):
+class CatalogPages(CostTestCase):
     def test_a_page_costs_nothing_for_repositories_that_the_caller_may_not_pull(self) -> None:
         paths = [f"/v2/_catalog?n={page}" for page in ("0", "1", "10", "10&last=many/r000500")]
         costs = []
@@ -148,7 +148,7 @@ class CatalogCostTest(CostTestCase):
                     self.assertEqual([name for page in found for name in page], [*granted, "mine/app"])
 
 
-class MountCostTest(CostTestCase):
+class MountsFromAnywhere(CostTestCase):
     def test_a_mount_from_anywhere_tries_a_bounded_number_of_repositories(self) -> None:
         digest, path = digest_of(b"elsewhere"), f"blobs/uploads/?mount={digest_of(b'elsewhere')}"
         self.insert("blobs", "digest size", [(digest, 9)])
@@ -159,7 +159,7 @@ class MountCostTest(CostTestCase):
         self.assert_bounded(*costs)
 
 
-class ReferrersCostTest(CostTestCase):
+class PagesOfReferrers(CostTestCase):
     SUBJECT = digest_of(b"subject")
 
     def add_referrers(self, artifact_type: str, count: int) -> None:
@@ -203,7 +203,7 @@ class ReferrersCostTest(CostTestCase):
         self.assertEqual(len(self.client.get(path).json["manifests"]), 20)
 
 
-class ManifestCostTest(CostTestCase):
+class LargeManifests(CostTestCase):
     def test_rows_that_are_searched_are_short(self) -> None:
         """SQLite reads the whole of a row of an index, or a table without row ids, that it compares."""
         text = "x" * MEBIBYTE

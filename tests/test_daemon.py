@@ -34,7 +34,7 @@ from tests.support import (
 )
 
 
-class StartTest(DaemonTestCase):
+class ItStarts(DaemonTestCase):
     def test_the_serving_line_tells_where(self) -> None:
         daemon = self.start()
         self.assertEqual(daemon.output, [f"Serving {self.path} at http://{daemon.client.host}"])
@@ -76,7 +76,7 @@ class StartTest(DaemonTestCase):
         self.assert_image(self.start("--no-sync").client, image, "latest")
 
 
-class RefusalTest(DaemonTestCase):
+class ItRefusesToStart(DaemonTestCase):
     """What keeps it from starting is one line on standard error."""
 
     def assert_refused(self, *options: str, data: str | Path = "", real: bool = False) -> None:
@@ -196,7 +196,7 @@ class RefusalTest(DaemonTestCase):
                 self.assertRegex(result.stderr, r"\Ausage: ")
 
 
-class OldVersionsTest(HTTPTestCase):
+class OldVersionsAreToldSo(HTTPTestCase):
     """A Python or SQLite that is too old is told so in one line."""
 
     MESSAGE = r"\Aregistry\.py needs Python 3\.9 or newer; this is 3\.8\n\Z"
@@ -240,7 +240,7 @@ class OldVersionsTest(HTTPTestCase):
         self.assertEqual(os.listdir(data), ["registry.db"])
 
 
-class StopTest(DaemonTestCase):
+class ItStops(DaemonTestCase):
     def test_sigterm_lets_a_request_finish(self) -> None:
         content = unique()
         for method, query, status in (("POST", f"?digest={digest_of(content)}", 201), ("PATCH", None, 202)):
@@ -313,7 +313,7 @@ class StopTest(DaemonTestCase):
             self.assertEqual(daemon.stop(), 0)
 
 
-class ProgramTest(unittest.TestCase):
+class ItNeedsNothingElse(unittest.TestCase):
     def test_help_is_help(self) -> None:
         result = python("registry.py", "--help")
         self.assertEqual((result.returncode, result.stderr), (0, ""))

@@ -18,7 +18,7 @@ from tests.support import (
 )
 
 
-class DeleteManifestTest(ManifestTestCase):
+class ManifestsAreDeleted(ManifestTestCase):
     def test_deleting_a_tag_deletes_that_tag_only(self) -> None:
         body = encode(self.manifest())
         for tag in ("tag", "kept"):
@@ -106,7 +106,7 @@ class DeleteManifestTest(ManifestTestCase):
                 self.assertEqual(self.data.links(digest_of(content)), [])
 
 
-class DeleteBlobTest(RegistryTestCase):
+class BlobsAreDeleted(RegistryTestCase):
     def test_a_deleted_blob_is_gone_for_good(self) -> None:
         for algorithm in ("sha256", "sha512"):
             with self.subTest(algorithm):

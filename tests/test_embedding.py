@@ -76,7 +76,7 @@ for _ in range(2):
 """
 
 
-class EmbeddingTest(HTTPTestCase):
+class ItServesInThisProcess(HTTPTestCase):
     def test_it_tells_where_it_is(self) -> None:
         with Registry() as registry:
             self.assertRegex(registry.netloc, r"\A127\.0\.0\.1:[1-9][0-9]*\Z")
@@ -150,7 +150,7 @@ class EmbeddingTest(HTTPTestCase):
         self.assertLess(min(elapsed(start) for _ in range(9)), 0.05)  # the others waited for other processes
 
 
-class TraceTest(HTTPTestCase):
+class NothingIsLeft(HTTPTestCase):
     """What is left of a registry once it has ended."""
 
     def setUp(self) -> None:
@@ -268,7 +268,7 @@ class TraceTest(HTTPTestCase):
         threads[0].join(TIMEOUT)  # or the next test would see it
 
 
-class TwiceTest(HTTPTestCase):
+class StartedTwice(HTTPTestCase):
     def test_started_twice_it_says_so_and_serves_on(self) -> None:
         with Registry() as registry:
             url, threads = registry.url, set(threading.enumerate())
@@ -316,7 +316,7 @@ class TwiceTest(HTTPTestCase):
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
-class ForkTest(HTTPTestCase):
+class ForksDoNoHarm(HTTPTestCase):
     """A process that is forked beside a registry does it no harm."""
 
     SCRIPT = """
@@ -459,7 +459,7 @@ print("done")
                 self.assert_status(Client(registry.netloc, "a").get("manifests/latest"), 200)
 
 
-class SilenceTest(unittest.TestCase):
+class NothingIsSaid(unittest.TestCase):
     def test_python_has_nothing_to_warn_of(self) -> None:
         for options in (("-W", "error"), ("-X", "dev", "-W", "error"), ("-bb", "-W", "error"), ("-O",)):
             with self.subTest(options):

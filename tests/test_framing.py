@@ -6,7 +6,7 @@ from tests.smuggling import CORPUS, SMUGGLED
 from tests.support import HELLO, HELLO_DIGEST, HTTPConnectionTestCase, RawConnection, digest_of
 
 
-class ChunkedTest(HTTPConnectionTestCase):
+class ChunksAreDecoded(HTTPConnectionTestCase):
     """Bodies in chunks."""
 
     CHUNKED = b"Transfer-Encoding: chunked"
@@ -53,7 +53,7 @@ class ChunkedTest(HTTPConnectionTestCase):
             self.assert_refused(self.post(self.CHUNKED, body=body + trailers + b"\r\n"))
 
 
-class FramingTest(HTTPConnectionTestCase):
+class HeadsAreRead(HTTPConnectionTestCase):
     """Request lines, hosts, headers."""
 
     def test_no_control_character_begins_another_header(self) -> None:
@@ -158,7 +158,7 @@ class FramingTest(HTTPConnectionTestCase):
                 self.assertTrue(connection.is_closed())
 
 
-class MalformedTest(HTTPConnectionTestCase):
+class MalformedIsRefused(HTTPConnectionTestCase):
     """Nobody hides a request in another."""
 
     def send(self, data: bytes) -> RawConnection:

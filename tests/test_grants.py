@@ -11,7 +11,7 @@ from tests.credentials import AuthorizedClient, basic, claims_of, users_line
 from tests.support import Client, digest_of, unique
 
 
-class GrantsTest(AccessTestCase):
+class GrantsGiveRights(AccessTestCase):
     def may_pull(self, client: AuthorizedClient, *repositories: str) -> list[str]:
         """Those of the repositories that a client may pull: what is not there is 404 for those who may."""
         return [name for name in repositories if client.at(name).get("tags/list").status in (200, 404)]

@@ -14,7 +14,7 @@ from tests.credentials import AuthorizedClient, basic
 from tests.support import TIMEOUT, Response, run_at_once
 
 
-class FailureTest(AccessTestCase):
+class FailuresAreSlowedDown(AccessTestCase):
     """Those who guess passwords are slowed down, and nobody else is."""
 
     def setUp(self) -> None:
@@ -178,7 +178,7 @@ class FailureTest(AccessTestCase):
                 self.assertEqual(list(cache._things), list("abcdef"[max(moment - 2, 0) : moment + 1]))
 
 
-class LoginQueueTest(unittest.TestCase):
+class LoginsTakeTurns(unittest.TestCase):
     """Whose turn it is."""
 
     def setUp(self) -> None:

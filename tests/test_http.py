@@ -24,7 +24,7 @@ from tests.support import (
 )
 
 
-class ExpectTest(HTTPConnectionTestCase):
+class BodiesAreAskedFor(HTTPConnectionTestCase):
     """Expect: 100-continue."""
 
     def test_a_body_that_will_be_read_is_asked_for(self) -> None:
@@ -102,7 +102,7 @@ class ExpectTest(HTTPConnectionTestCase):
         self.assert_status(self.send(head.encode() + HELLO).read(), 201)
 
 
-class KeepAliveTest(HTTPConnectionTestCase):
+class ConnectionsAreReused(HTTPConnectionTestCase):
     """What comes after on the same connection."""
 
     def early_replies(self) -> list[tuple[int, str, str, tuple[str, ...]]]:
@@ -238,7 +238,7 @@ class KeepAliveTest(HTTPConnectionTestCase):
             self.assert_clean_afterwards(connection)
 
 
-class ReplyTest(HTTPConnectionTestCase):
+class WhatEveryReplyHas(HTTPConnectionTestCase):
     """What every reply has in common."""
 
     def routes(self) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Swarm:
                 connection.send(b"x")
 
 
-class SlowClientTest(HTTPTestCase):
+class SlowClientsDisturbNobody(HTTPTestCase):
     """What slow clients cost the honest ones."""
 
     @classmethod
@@ -126,7 +126,7 @@ class SlowClientTest(HTTPTestCase):
             self.assertEqual(data.unfinished(), [])
 
 
-class ConnectionLimitTest(HTTPTestCase):
+class ConnectionsAreLimited(HTTPTestCase):
     """More clients than the registry will serve at once."""
 
     LIMIT = 8
@@ -252,7 +252,7 @@ class ConnectionLimitTest(HTTPTestCase):
             self.assertLess(elapsed(lambda: self.client.expect(200, "GET", "/v2/")), 1)
 
 
-class CacheTest(HTTPTestCase):
+class StrangersAreNotRemembered(HTTPTestCase):
     """What strangers send is not kept."""
 
     def test_long_paths_and_header_names_are_not_remembered(self) -> None:
@@ -267,7 +267,7 @@ class CacheTest(HTTPTestCase):
             self.assertLess(tracemalloc.get_traced_memory()[0], MEBIBYTE)
 
 
-class LimitTest(HTTPConnectionTestCase):
+class HeadsAreLimited(HTTPConnectionTestCase):
     """How long heads may be."""
 
     def test_a_request_line_over_8_kib_is_414(self) -> None:

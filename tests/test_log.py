@@ -22,7 +22,7 @@ from tests.support import (
 )
 
 
-class InjectionTest(HTTPTestCase):
+class NothingIsForged(HTTPTestCase):
     """What a client sends never ends up raw in the log, nor among a reply's headers."""
 
     CONTROLS = (*range(0x01, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0xFF)
@@ -99,7 +99,7 @@ class InjectionTest(HTTPTestCase):
         self.assertEqual([line for line in lines if line.startswith("X-Forged")], [])
 
 
-class LogTest(DaemonTestCase):
+class RequestsAreLogged(DaemonTestCase):
     """What the daemon prints."""
 
     def test_every_request_is_a_line(self) -> None:
@@ -140,7 +140,7 @@ class LogTest(DaemonTestCase):
         self.assertNotIn("Traceback", daemon.remaining_output())
 
 
-class ClosedStreamsTest(DaemonTestCase):
+class StreamsMayBeClosed(DaemonTestCase):
     """Standard streams that are closed, or that nobody reads, keep nothing from working."""
 
     ERROR_CLOSED = ("sh", "-c", 'exec "$@" 2>&-', "sh")

@@ -23,7 +23,7 @@ from tests.support import (
 )
 
 
-class PushTest(ManifestTestCase):
+class ManifestsAreServedAsPushed(ManifestTestCase):
     """What is accepted, and what comes back."""
 
     def test_every_kind_of_manifest_is_served_as_pushed(self) -> None:
@@ -159,7 +159,7 @@ class PushTest(ManifestTestCase):
         self.assertNotIn("OCI-Subject", self.put(self.manifest()).headers)
 
 
-class MediaTypeTest(ManifestTestCase):
+class MediaTypesAreKept(ManifestTestCase):
     """Which type a manifest is stored and served with."""
 
     def test_a_missing_media_type_is_the_content_type(self) -> None:
@@ -266,7 +266,7 @@ class MediaTypeTest(ManifestTestCase):
                     self.assert_status(self.client.put("manifests/tag", body, {"Content-Type": kind}), status)
 
 
-class KindTest(ManifestTestCase):
+class ManifestsAndBlobs(ManifestTestCase):
     """Manifests as blobs, blobs as manifests, blobs in indexes."""
 
     def test_a_manifest_is_a_blob_too(self) -> None:

@@ -35,7 +35,7 @@ SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 LIMIT = 4 * MEBIBYTE
 
 
-class RefusalTest(ManifestTestCase):
+class MalformedIsRefused(ManifestTestCase):
     """What is refused, and that nothing of it stays."""
 
     def test_what_is_not_a_manifest_is_refused(self) -> None:
@@ -315,7 +315,7 @@ BOMBS = {
 }
 
 
-class BombTest(RegistryTestCase):
+class BombsAreRefused(RegistryTestCase):
     """Manifests made to cost more than they weigh."""
 
     def test_none_takes_long_or_is_stored(self) -> None:
@@ -351,7 +351,7 @@ class BombTest(RegistryTestCase):
 
 
 @unittest.skipUnless(LINUX, "reads /proc/PID/status")
-class MemoryTest(HTTPTestCase):
+class BombsTakeLittleMemory(HTTPTestCase):
     LIMIT = 512  # MiB, for the whole process
 
     def test_bombs_at_once_cost_bounded_memory(self) -> None:

@@ -8,7 +8,7 @@ from unittest import mock
 from tests.support import MALFORMED_QUERIES, Response, UploadTestCase, digest_of, unique
 
 
-class MountTest(UploadTestCase):
+class BlobsAreMounted(UploadTestCase):
     def mount(self, digest: str, source: str | None = None) -> Response:
         query = f"?mount={digest}" + ("" if source is None else f"&from={source}")
         return self.client.post(f"blobs/uploads/{query}")

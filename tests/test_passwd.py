@@ -17,7 +17,7 @@ from tests.credentials import basic, users_line
 from tests.support import ROOT, run_at_once
 
 
-class PasswdTest(AccessTestCase):
+class UsersAreChanged(AccessTestCase):
     def passwd(self, *arguments: str, password: str = "") -> tuple[int, str]:
         """Run the command; its exit status and all that it printed."""
         printed = io.StringIO()

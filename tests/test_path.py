@@ -52,7 +52,7 @@ def _fill_in(path: str, values: dict[str, str]) -> str:
     return re.sub(r"<(\w+)>", lambda part: values[part[1]], path)
 
 
-class TraversalTest(RegistryTestCase):
+class NoPathLeadsOut(RegistryTestCase):
     """No segment of any path, and no parameter, is ever taken for a file's name."""
 
     SECRET = b"the secret beside the data directory"
@@ -109,7 +109,7 @@ class TraversalTest(RegistryTestCase):
 
 
 @unittest.skipUnless(hasattr(os, "symlink"), "plants symbolic links")
-class SymlinkTest(RegistryTestCase):
+class LinksAreNotFollowed(RegistryTestCase):
     """Somebody has put links into the data directory; none of them leads anywhere."""
 
     SECRET = b"what a link points at"

@@ -7,7 +7,7 @@ from tests.access import AccessTestCase
 from tests.support import RawConnection
 
 
-class TrustedProxyTest(AccessTestCase):
+class TrustedProxiesAreBelieved(AccessTestCase):
     """Whose requests they are that come from a proxy."""
 
     def logged(self, forwarded: str, *proxies: str) -> str:

@@ -126,7 +126,7 @@ class ReadOnlyMedium(ReadOnlyTestCase):
                     self.assertEqual(list(temporary.iterdir()), [])
 
 
-class ReadOnlyTest(AccessTestCase):
+class OnlyReadsWork(AccessTestCase):
     def fill(self) -> Client:
         self.data.path.mkdir(exist_ok=True)
         client = self.serve_anybody()

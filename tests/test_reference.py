@@ -22,7 +22,7 @@ from tests.support import (
 )
 
 
-class MissingBlobTest(ManifestTestCase):
+class MissingBlobsAreNamed(ManifestTestCase):
     """References to what is not in the repository."""
 
     def assert_missing(self, manifest: dict, *missing: dict) -> None:
@@ -107,7 +107,7 @@ class MissingBlobTest(ManifestTestCase):
         self.assert_error(self.client.delete(f"blobs/{digest_of(layer)}"), 405, "DENIED")
 
 
-class SparseTest(ManifestTestCase):
+class SparseTakesParts(ManifestTestCase):
     """A registry that takes parts of images."""
 
     options: ClassVar[dict[str, Any]] = {"sparse": True}

@@ -59,7 +59,7 @@ class ReferrerTestCase(RegistryTestCase):
         return sorted(entry["digest"] for entry in self.referrers(digest, query))
 
 
-class ReferrerTest(ReferrerTestCase):
+class ReferrersAreListed(ReferrerTestCase):
     def test_no_referrers_are_an_empty_index(self) -> None:
         for digest in (self.subject.digest, digest_of(b"unknown"), digest_of(b"unknown", "sha512")):
             with self.subTest(digest):
@@ -148,7 +148,7 @@ class ReferrerTest(ReferrerTestCase):
         self.assertEqual(self.digests(first["digest"]), [second["digest"]])
 
 
-class FilterTest(ReferrerTestCase):
+class FilteredByType(ReferrerTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.by_type: dict[str, dict] = {
@@ -183,7 +183,7 @@ class FilterTest(ReferrerTestCase):
         self.assertEqual(self.referrers(digest_of(b"unknown"), query), [])
 
 
-class FallbackTest(ReferrerTestCase):
+class FallbackTags(ReferrerTestCase):
     """Clients that kept the list themselves, in an index tagged after the subject."""
 
     def tag_index(self, entries: list[dict]) -> None:
@@ -213,7 +213,7 @@ class FallbackTest(ReferrerTestCase):
         self.assertEqual(self.digests(), [pushed["digest"]])
 
 
-class PagingTest(ReferrerTestCase):
+class ReferrersComeInPages(ReferrerTestCase):
     """More referrers than fit on a page."""
 
     COUNT, FEW = 460, 300

@@ -10,7 +10,7 @@ from tests.daemon import Daemon, DaemonTestCase
 from tests.support import DataDirectory, HTTPTestCase, descriptor, digest_of, image_manifest, with_digest
 
 
-class RestartTest(DaemonTestCase):
+class KillsLoseNothing(DaemonTestCase):
     def test_everything_pushed_survives_a_kill(self) -> None:
         daemon = self.start()
         image = daemon.client.push_image("latest")
@@ -86,7 +86,7 @@ class RestartTest(DaemonTestCase):
         self.assert_error(self.start().client.get(location), 404, "BLOB_UPLOAD_UNKNOWN")
 
 
-class SharedDirectoryTest(HTTPTestCase):
+class DaemonsShareADirectory(HTTPTestCase):
     """Two daemons on one data directory."""
 
     @classmethod

@@ -16,7 +16,7 @@ from tests.support import (
 )
 
 
-class RouteTest(HTTPConnectionTestCase):
+class RoutesAndMethods(HTTPConnectionTestCase):
     """Paths and methods."""
 
     def test_the_root_answers(self) -> None:
@@ -104,7 +104,7 @@ class RouteTest(HTTPConnectionTestCase):
                 self.assert_status(self.client.get(path), 200)
 
 
-class NameTest(HTTPConnectionTestCase):
+class NamesOfRepositories(HTTPConnectionTestCase):
     """Names of repositories."""
 
     GOOD = (

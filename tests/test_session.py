@@ -16,7 +16,7 @@ from tests.support import (
 )
 
 
-class SessionTest(UploadTestCase):
+class SessionsAreFinishedOnce(UploadTestCase):
     """POST, then PUT, then whatever else."""
 
     def test_a_session_opens_empty(self) -> None:

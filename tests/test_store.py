@@ -95,7 +95,7 @@ class BusyDatabase(RegistryTestCase):
         self.assertLess(ago, upkeep.MINUTE)
 
 
-class LogTest(HTTPTestCase):
+class CommitsReachTheDisk(HTTPTestCase):
     """Commits are acknowledged once SQLite's log is on the disk."""
 
     def setUp(self) -> None:
@@ -316,7 +316,7 @@ class Remembered(RegistryTestCase):
         self.assertLessEqual(len(logs), 10)
 
 
-class ReserveTest(unittest.TestCase):
+class TheReserve(unittest.TestCase):
     def test_that_it_cannot_be_kept_is_no_reason_not_to_start(self) -> None:
         def observe(step: Step) -> None:
             if step.kind == "create" and str(step.target).endswith("reserve"):

@@ -8,7 +8,7 @@ from tests.manifests import ManifestTestCase
 from tests.support import OCI_MANIFEST, RegistryTestCase, Response, digest_of, encode, pages
 
 
-class TagsOfAPushTest(ManifestTestCase):
+class TagsAreSet(ManifestTestCase):
     """PUT by digest with ?tag=, and what may be a tag."""
 
     def push_with(self, body: bytes, tags: list[str], algorithm: str = "sha256") -> Response:
@@ -100,7 +100,7 @@ BAD_COUNTS = (
 HUGE_COUNTS = ("99999", str(2**63), str(10**30))
 
 
-class TagListTest(RegistryTestCase):
+class TagsAreListed(RegistryTestCase):
     TAGS = ("0", "1.0", "A", "B", "Z", "_", "a", "a-b", "a.b", "a1", "a_b", "b")
 
     def setUp(self) -> None:

@@ -21,7 +21,7 @@ from tests.support import (
 )
 
 
-class TimeoutTest(HTTPTestCase):
+class TimeRunsOut(HTTPTestCase):
     """A registry of little patience, so that the test needs little too."""
 
     def setUp(self) -> None:
@@ -94,7 +94,7 @@ class TimeoutTest(HTTPTestCase):
         wait_until(lambda: not self.running.server.connections, "for it to be given up")
 
 
-class EarlyReplyTest(HTTPTestCase):
+class RepliesBeforeTheBody(HTTPTestCase):
     """Requests that are answered before their body has come, from clients without any right."""
 
     LIMIT = 4

@@ -98,7 +98,7 @@ class TLSTestCase(HTTPTestCase):
             return dict(part[0] for part in secure.getpeercert()["subject"])["commonName"]
 
 
-class ConnectionTest(TLSTestCase):
+class ConnectionsAreSecure(TLSTestCase):
     def test_images_are_pushed_and_pulled(self) -> None:
         client = self.serve()
         self.assertEqual(self.registry.url, f"https://{self.registry.netloc}")
@@ -185,7 +185,7 @@ class ConnectionTest(TLSTestCase):
         self.assert_status(client.get("/v2/"), 401)
 
 
-class EndTest(TLSTestCase):
+class ConnectionsEndWithANotice(TLSTestCase):
     """How connections end: with TLS's close_notify, or the client could not tell it from an attack."""
 
     def shake_hands(self) -> ssl.SSLSocket:
@@ -267,7 +267,7 @@ class EndTest(TLSTestCase):
         self.assertTrue(context.options & ssl.OP_NO_RENEGOTIATION)
 
 
-class SilenceTest(TLSTestCase):
+class HandshakesThatDoNotEnd(TLSTestCase):
     """Clients that connect and then leave it at that."""
 
     def begin(self) -> list[RawConnection]:
@@ -312,7 +312,7 @@ class SilenceTest(TLSTestCase):
         self.assert_status(client.get("/v2/"), 200)
 
 
-class RenewalTest(TLSTestCase):
+class CertificatesAreRenewed(TLSTestCase):
     def test_a_renewed_certificate_is_shown_to_new_clients(self) -> None:
         client = self.serve()
         self.assertEqual(self.common_name(), "server")

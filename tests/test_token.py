@@ -14,7 +14,7 @@ from tests.credentials import AuthorizedClient, claims_of, users_line
 from tests.support import RawConnection, digest_of, run_at_once
 
 
-class TokenTest(AccessTestCase):
+class TokensCarryRights(AccessTestCase):
     def actions(self, client: AuthorizedClient, token: str, repository: str = "team/app") -> set[str]:
         """What a token lets its holder do to a repository."""
         mine, absent = client.at(repository).as_caller(f"Bearer {token}"), digest_of(b"absent")

@@ -132,7 +132,7 @@ MARKS = "?, ?, ?, ?, ?, ?, ?, ?"
 DOOMED = digest_of(b"doomed")
 
 
-class UpgradeTest(HTTPTestCase):
+class OldDirectoriesAreUpgraded(HTTPTestCase):
     def setUp(self) -> None:
         self.data = DataDirectory(self.temporary())
         self.subject = unique()

@@ -16,7 +16,7 @@ from tests.support import (
 )
 
 
-class SinglePostTest(UploadTestCase):
+class OnePostIsEnough(UploadTestCase):
     """One POST with the digest and the body."""
 
     def post(self, digest: str, body: object) -> Response:

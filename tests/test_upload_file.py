@@ -35,7 +35,7 @@ from tests.support import (
 )
 
 
-class FailedCommitTest(UploadTestCase):
+class CommitsMayFail(UploadTestCase):
     """The bytes have been renamed into place, and then something comes in between."""
 
     def finish_and_fail(self, location: str, content: bytes, *, for_long: bool = False) -> None:
@@ -124,7 +124,7 @@ class FailedCommitTest(UploadTestCase):
         self.assert_consistent()
 
 
-class BuffersTest(UploadTestCase):
+class BuffersAreBounded(UploadTestCase):
     """What uploads hold in memory while their clients send nothing."""
 
     def held_by(self, uploads: int, size: int) -> int:
@@ -217,7 +217,7 @@ class BuffersTest(UploadTestCase):
             file.close()
 
 
-class DirectoryTest(HTTPTestCase):
+class OthersUseTheDirectory(HTTPTestCase):
     """The directory uploads/ when others have their hands in it."""
 
     def setUp(self) -> None:

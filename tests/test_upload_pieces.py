@@ -8,7 +8,7 @@ import os
 from tests.support import MEBIBYTE, UploadTestCase, digest_of, run_at_once, unique, with_digest
 
 
-class PatchTest(UploadTestCase):
+class PiecesAreAppended(UploadTestCase):
     """A session filled in pieces."""
 
     def test_a_stream_of_chunks_is_appended(self) -> None:
@@ -190,7 +190,7 @@ class PatchTest(UploadTestCase):
         self.assert_status(self.client.get(location), 204)
 
 
-class ClientGoneTest(UploadTestCase):
+class InterruptedUploadsGoOn(UploadTestCase):
     """A client goes away in the middle of a body, and comes back."""
 
     CUT = 123_457

@@ -27,7 +27,7 @@ def has_bcrypt() -> bool:
     return crypt is not None and crypt(*BCRYPT) == BCRYPT[1]
 
 
-class UsersTest(AccessTestCase):
+class UsersLogIn(AccessTestCase):
     def log_in(self, client: AuthorizedClient, name: str, password: str) -> int:
         return client.as_caller(basic(name, password)).get("/v2/").status
 

@@ -14,7 +14,7 @@ from tests.support import ROOT, HTTPTestCase, digest_of, unique, wait_until
 
 
 @unittest.skipUnless(Path("/proc/self/task").exists(), "needs /proc to look at processes")
-class WorkersTest(HTTPTestCase):
+class WorkersShareAPort(HTTPTestCase):
     def setUp(self) -> None:
         self.path = self.temporary()
         self.daemon = self.enter(Daemon(self.path, "--quiet", "--workers", "3"))

@@ -47,33 +47,13 @@ ERROR_CODES = frozenset(
     UNSUPPORTED TOOMANYREQUESTS""".split()
 )
 
+HEX = "a" * 64
 MALFORMED_DIGESTS = (
-    "sha256:",
-    "sha256",
-    "latest",
-    "sha256:abc",
-    "sha256:" + "a" * 63,
-    "sha256:" + "a" * 65,
-    "sha256:" + "A" * 64,
-    "sha256:" + "g" * 64,
-    "SHA256:" + "a" * 64,
-    "sha256:" + "a" * 64 + "%0A",
-    "sha256:" + "a" * 64 + "%00",
-    "%20sha256:" + "a" * 64,
-    "sha256-" + "a" * 64,
-    "sha256::" + "a" * 64,
-    "sha256:" + "%D9%A1" * 64,
-    "sha512:" + "a" * 64,
-    "sha512:" + "a" * 127,
-    "sha512:" + "a" * 129,
-    "md5:" + "a" * 32,
-    "sha1:" + "a" * 40,
-    "sha384:" + "a" * 96,
-    "sha3_256:" + "a" * 64,
-    "sha256+b64:" + "a" * 64,
-    ":" + "a" * 64,
+    *f"sha256: sha256 latest sha256:abc sha256:{HEX[1:]} sha256:{HEX}a sha256:{HEX.upper()}".split(),
+    *f"SHA256:{HEX} sha256:{'g' * 64} sha256:{HEX}%0A sha256:{HEX}%00 %20sha256:{HEX} sha256-{HEX}".split(),
+    *f"sha256::{HEX} sha256:{'%D9%A1' * 64} sha512:{HEX} sha512:{'a' * 127} sha512:{'a' * 129} md5:{'a' * 32}".split(),
+    *f"sha1:{'a' * 40} sha384:{'a' * 96} sha3_256:{HEX} sha256+b64:{HEX} :{HEX}".split(),
 )
-
 MALFORMED_QUERIES = (*MALFORMED_DIGESTS, "", "%00", "sha256:..%2F..%2Fregistry.db")
 EMPTY_SHA256 = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -698,6 +678,9 @@ class UploadTestCase(RegistryTestCase):
 
 
 # === Listings, page by page ===
+
+BAD_COUNTS = "-1 -0x1 abc 1.5 1e3 0x1 1_000 %201%20 %D9%A3 %C2%B2 1%00 1,2".split()
+HUGE_COUNTS = ("99999", str(2**63), str(10**30))
 
 
 def next_page(response: Response) -> str | None:

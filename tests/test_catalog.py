@@ -5,23 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from registry import Registry
-from tests.support import Client, HTTPTestCase, digest_of, pages, unique
-
-BAD_COUNTS = (
-    "-1",
-    "-0x1",
-    "abc",
-    "1.5",
-    "1e3",
-    "0x1",
-    "1_000",
-    "%201%20",
-    "%D9%A3",
-    "%C2%B2",
-    "1%00",
-    "1,2",
-)
-HUGE_COUNTS = ("99999", str(2**63), str(10**30))
+from tests.support import BAD_COUNTS, HUGE_COUNTS, Client, HTTPTestCase, digest_of, pages, unique
 
 
 class RepositoriesAreListed(HTTPTestCase):

@@ -120,14 +120,6 @@ class ItServesInThisProcess(HTTPTestCase):
                         self.assertEqual(client.get("manifests/latest").body, image.body)
                         client.expect(201, "PUT", with_digest(location, digest_of(b"abcdef")), b"def")
 
-    def test_sparse_is_an_option(self) -> None:
-        with Registry(sparse=True) as registry, Registry() as strict:
-            for host, status in ((registry.netloc, 201), (strict.netloc, 400)):
-                client = Client(host, "a")
-                child = {"mediaType": "a/b", "digest": digest_of(b"absent"), "size": 6}
-                index = {"schemaVersion": 2, "mediaType": "c/d", "manifests": [child]}
-                self.assert_status(client.put_manifest(index, "latest"), status)
-
     def test_it_can_be_used_from_any_thread(self) -> None:
         def push() -> bytes:
             with Registry() as registry:

@@ -18,32 +18,12 @@ from tests.credentials import AuthorizedClient, basic, users_line
 from tests.support import RegistryTestCase, descriptor, digest_of, encode, image_manifest, unique, with_digest
 
 TRAVERSALS = (
-    "..",
-    "../..",
-    "../../../../../../etc/passwd",
-    "..%2f..%2fsecret",
-    "%2e%2e%2f%2e%2e%2fsecret",
-    "%252e%252e%252fsecret",
-    "..%5c..%5csecret",
-    "..;/secret",
-    "%c0%ae%c0%ae%c0%afsecret",
-    "%uff0e%uff0e/secret",
-    "/etc/passwd",
-    "%2fetc%2fpasswd",
-    "file:%2f%2f%2fetc%2fpasswd",
-    "a%00",
-    "%00",
-    ".",
-    "sha256:..%2f..%2f..%2fsecret",
-    "sha256:%2e%2e",
+    *".. ../.. ../../../../../../etc/passwd ..%2f..%2fsecret %2e%2e%2f%2e%2e%2fsecret /etc/passwd .".split(),
+    *"a/../.. %252e%252e%252fsecret ..%5c..%5csecret ..;/secret %c0%ae%c0%ae%c0%afsecret".split(),
+    *"%uff0e%uff0e/secret %2fetc%2fpasswd file:%2f%2f%2fetc%2fpasswd a%00 %00".split(),
+    *"sha256:..%2f..%2f..%2fsecret sha256:%2e%2e registry.db ~root C:%5csecret con %5c..%5c".split(),
     "sha256:" + "a" * 60 + "/../",
-    "registry.db",
-    "~root",
-    "C:%5csecret",
-    "con",
     "a" * 300,
-    "a/../..",
-    "%5c..%5c",
 )
 
 

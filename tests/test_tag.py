@@ -5,7 +5,16 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 from tests.manifests import ManifestTestCase
-from tests.support import OCI_MANIFEST, RegistryTestCase, Response, digest_of, encode, pages
+from tests.support import (
+    BAD_COUNTS,
+    HUGE_COUNTS,
+    OCI_MANIFEST,
+    RegistryTestCase,
+    Response,
+    digest_of,
+    encode,
+    pages,
+)
 
 
 class TagsAreSet(ManifestTestCase):
@@ -81,23 +90,6 @@ class TagsAreSet(ManifestTestCase):
             self.assert_served("tag", body, OCI_MANIFEST)
         for body in bodies:
             self.assert_served(digest_of(body), body, OCI_MANIFEST)
-
-
-BAD_COUNTS = (
-    "-1",
-    "-0x1",
-    "abc",
-    "1.5",
-    "1e3",
-    "0x1",
-    "1_000",
-    "%201%20",
-    "%D9%A3",
-    "%C2%B2",
-    "1%00",
-    "1,2",
-)
-HUGE_COUNTS = ("99999", str(2**63), str(10**30))
 
 
 class TagsAreListed(RegistryTestCase):

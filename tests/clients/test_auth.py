@@ -6,7 +6,6 @@ Two daemons share a data directory: one that asks who is there, and an open one 
 from __future__ import annotations
 
 import shutil
-import unittest
 from pathlib import Path
 from typing import ClassVar
 
@@ -460,7 +459,3 @@ class ConformanceOverTLSTest(ConformanceWithUsersTest):
 
     def run_suite(self, registry: Registry, **settings: str) -> str:
         return super().run_suite(registry, OCI_TLS="enabled", SSL_CERT_FILE=str(self.trusted), **settings)
-
-
-if __name__ == "__main__":
-    unittest.main()

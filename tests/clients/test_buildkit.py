@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import unittest
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,3 @@ class BuildkitTest(ClientTest):
         Builder(self).build(context, self.pushed("v1"), "--export-cache=type=inline")
         said = Builder(self).build(context, self.pushed("v2"), f"--import-cache={cache}")
         self.assertEqual(self.cached_steps(said), ["COPY", "RUN"], said)
-
-
-if __name__ == "__main__":
-    unittest.main()

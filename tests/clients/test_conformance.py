@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import unittest
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,7 +60,3 @@ class ConformanceTest(ClientTest):
         registry = Registry(Path(tempfile.mkdtemp(dir=self.temp)), *options)
         self.addCleanup(registry.close)
         return registry
-
-
-if __name__ == "__main__":
-    unittest.main()

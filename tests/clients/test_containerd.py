@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unittest
 from typing import ClassVar
 
 from support import ClientTest, Layout, image_layout
@@ -87,7 +86,3 @@ class ContainerdTest(ClientTest):
         image = f"registry.example/{self.name}:v1"
         self.ctr("images", "pull", "--hosts-dir", str(hosts.parent), image)
         self.assertEqual(self.ctr("run", "--rm", "--cgroup", "", image, "mirrored").strip(), self.name)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import unittest
 
 from support import ClientTest, image_layout
 
@@ -70,7 +69,3 @@ class CosignTest(ClientTest):
         self.assertEqual(statement["subject"][0]["digest"]["sha256"], self.digest.partition(":")[2])
         self.assertIn(self.name, json.dumps(statement["predicate"]))
         self.assert_verified()
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import unittest
 
 from support import ClientTest, Registry, image_layout, tar_of
 
@@ -95,7 +94,3 @@ class CraneTest(ClientTest):
         self.assertEqual(self.registry.tags(self.name), ["kept"])
         self.ok("crane", "delete", f"{self.repository}@{self.layout.top()['digest']}")
         self.assertIn("MANIFEST_UNKNOWN", self.fails("crane", "manifest", f"{self.repository}:kept"))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import unittest
 
 from support import ClientTest, build_context
 
@@ -154,7 +153,3 @@ class DockerTest(ClientTest):
         self.push(self.build("classic"))
         self.assertIn("manifest unknown", self.fails("docker", "pull", f"{self.repository}:none"))
         self.assertIn("not found", self.fails("docker", "pull", f"{self.registry.address}/no/such:v1"))
-
-
-if __name__ == "__main__":
-    unittest.main()

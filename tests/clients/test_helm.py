@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import unittest
-
 from support import ClientTest
 
 CHART = """\
@@ -68,7 +66,3 @@ class HelmTest(ClientTest):
     def test_missing_chart_is_reported_as_not_found(self) -> None:
         missing = f"oci://{self.repository}/none"
         self.assertIn("not found", self.fails("helm", "pull", "--plain-http", "--version", "1.0.0", missing))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import unittest
 from pathlib import Path
 from typing import ClassVar
 
@@ -193,7 +192,3 @@ class NginxTest(ClientTest):
             connection._socket.settimeout(0.2)
             with contextlib.suppress(socket.timeout):
                 connection.drain()
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import unittest
 from typing import Any
 
 from support import ClientTest, Layout, image_layout
@@ -138,7 +137,3 @@ class OrasTest(ClientTest):
         self.oras("manifest", "delete", "--force", f"{self.repository}@{digest}")
         said = self.fails("oras", "manifest", "fetch", "--plain-http", f"{self.repository}:v2")
         self.assertIn("not found", said)
-
-
-if __name__ == "__main__":
-    unittest.main()

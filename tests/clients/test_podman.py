@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unittest
 
 from support import ClientTest, build_context
 
@@ -136,7 +135,3 @@ class BuildahTest(ContainersTest):
         mounted = self.buildah("mount", container).strip()
         self.ok("cmp", f"{mounted}/bin/busybox", str(context / "busybox"))
         self.buildah("rm", container)
-
-
-if __name__ == "__main__":
-    unittest.main()

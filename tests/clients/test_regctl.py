@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unittest
 from typing import ClassVar
 
 from support import ClientTest, Registry, image_layout
@@ -131,7 +130,3 @@ class RegctlTest(ClientTest):
             page = self.ok("regctl", "--host", host, "repo", "ls", "--limit", "3", *last, registry.address)
             self.assertEqual(page.split(), wanted)
             last = ("--last", wanted[-1])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unittest
 
 from support import ClientTest, image_layout
 
@@ -83,7 +82,3 @@ class SkopeoTest(ClientTest):
         self.skopeo("sync", *options, self.repository, str(target))
         (manifest,) = target.rglob("manifest.json")
         self.assertEqual(manifest.read_bytes(), self.layout.blobs()[self.layout.top()["digest"]])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -51,8 +51,8 @@ HEX = "a" * 64
 MALFORMED_DIGESTS = (
     *f"sha256: sha256 latest sha256:abc sha256:{HEX[1:]} sha256:{HEX}a sha256:{HEX.upper()}".split(),
     *f"SHA256:{HEX} sha256:{'g' * 64} sha256:{HEX}%0A sha256:{HEX}%00 %20sha256:{HEX} sha256-{HEX}".split(),
-    *f"sha256::{HEX} sha256:{'%D9%A1' * 64} sha512:{HEX} sha512:{'a' * 127} sha512:{'a' * 129} md5:{'a' * 32}".split(),
-    *f"sha1:{'a' * 40} sha384:{'a' * 96} sha3_256:{HEX} sha256+b64:{HEX} :{HEX}".split(),
+    *f"sha256::{HEX} sha256:{'%D9%A1' * 64} sha512:{HEX} sha512:{'a' * 127} sha512:{'a' * 129}".split(),
+    *f"md5:{'a' * 32} sha1:{'a' * 40} sha384:{'a' * 96} sha3_256:{HEX} sha256+b64:{HEX} :{HEX}".split(),
 )
 MALFORMED_QUERIES = (*MALFORMED_DIGESTS, "", "%00", "sha256:..%2F..%2Fregistry.db")
 EMPTY_SHA256 = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

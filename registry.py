@@ -1216,16 +1216,11 @@ class Store:
                 database.close()
         return self.query(sql, *parameters)
 
-    def pages(
-        self, columns: str, source: str, *parameters: object, after: Sequence[object], limit: int = CHOICE
-    ) -> Iterator[list[Any]]:
-        """The rows of a table with a condition, some at a time: in the order of their first columns.
-
-        after: values of these columns, which come before those of the first row.
-        """
+    def pages(self, columns: str, source: str, *values: Any, after: Sequence[Any]) -> Iterator[list[Any]]:
+        """Rows of a table with a condition, some at a time, whose first columns come after these values."""
         key, marks = ", ".join(columns.split(", ")[: len(after)]), ", ".join("?" * len(after))
-        sql = f"SELECT {columns} FROM {source} AND ({key}) > ({marks}) ORDER BY {key} LIMIT {limit}"
-        while rows := self.query(sql, *parameters, *after):
+        sql = f"SELECT {columns} FROM {source} AND ({key}) > ({marks}) ORDER BY {key} LIMIT {CHOICE}"
+        while rows := self.query(sql, *values, *after):
             after = rows[-1][: len(after)]
             yield rows
 
@@ -1454,8 +1449,10 @@ class Store:
 
     def remove_pending(self) -> None:
         """Try to remove all the files whose rows are gone."""
-        for rows in self.pages("digest", "pending_deletes WHERE 1", after=("",), limit=BATCH):
+        sql, last = "SELECT digest FROM pending_deletes WHERE digest > ? ORDER BY digest LIMIT ?", ""
+        while rows := self.query(sql, last, BATCH):
             self.remove_files([digest for (digest,) in rows])
+            ((last,),) = rows[-1:]
 
     def remove_files(self, digests: Iterable[str]) -> None:
         """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
@@ -1833,6 +1830,7 @@ class Collector:
     blobs that no manifest needs, once nobody was told of them for the grace period.
     """
 
+    _LINK = "WHERE repository_id = ? AND digest = ?"
     store: Store
     policy: Policy
     report: Callable[[Removal], object]  # called with each removal once it is committed
@@ -1846,13 +1844,13 @@ class Collector:
         self._pushes = self.store.pushes_since(self._now - self.policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
         self._needed_size = 0  # bytes that manifests need, in _shrink
-        self._totals = {"manifest": 0, "blob": 0, "file": 0, "bytes": 0}
+        self._totals: collections.Counter[str] = collections.Counter()  # of removals by kind, and of bytes
 
     def summary(self) -> str:
         """What was removed, in a few words; none if that is nothing."""
-        manifests, blobs, files, size = self._totals.values()
-        removed = manifests + blobs + files
-        return f"{manifests} manifests and {blobs + files} blobs, {size} bytes" if removed else ""
+        total = self._totals
+        manifests, blobs = total["manifest"], total["blob"] + total["file"]
+        return f"{manifests} manifests and {blobs} blobs, {total['bytes']} bytes" if total else ""
 
     def run(self, *, walk: bool = False, dry_run: bool = False) -> None:
         """Collect, with walk also files that a crash left without a row; or only report, from a copy."""
@@ -1884,31 +1882,25 @@ class Collector:
                         act(*heapq.heappop(page))  # what is sorted is a heap; act may push others
             self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
-                self._totals[removal.kind] += 1
-                self._totals["bytes"] += removal.size
+                self._totals.update({removal.kind: 1, "bytes": removal.size})
                 self.report(removal)
             self._removed.clear()
 
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
         now = int(self._now)
-
-        def mend(*key: object) -> None:
-            where = "WHERE repository_id = ? AND digest = ?"
-            self._db.execute(f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {where}", key)
-            sql = f"UPDATE manifests SET pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
-            self._db.execute(f"{sql} {where}", key)
-
+        times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
         manifests = self.policy.untagged_after is not None or self.policy.max_size is not None
         sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
-        while rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE):
-            self._each(sorted(rows), mend)
+        while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE)):
+            with self.store.transaction(frees=True) as db:
+                db.executemany(
+                    f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}", rows
+                )
+                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
 
     def _relied_on(self, name: str) -> int:
-        """The second since when clients may rely on what they were told of a repository.
-
-        A push may take longer than the grace: what came since its upload began, or shortly before, it needs.
-        """
+        """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
         return min(self._leased_before, self._pushes.get(hashed_name(name), sys.maxsize) - PUSH_PAUSE)
 
     def _drop_untagged(self, age: float) -> None:
@@ -1922,12 +1914,10 @@ class Collector:
             order = f"ORDER BY pushed_at DESC, digest LIMIT {self.policy.keep_last}"
             return next(reversed(self.store.query(f"{sql} {order}", repository)), (-math.inf, ""))
 
-        def drop(repository: int, digest: str, name: str, *_: object) -> None:
-            self._drop(repository, digest, name, min(old, self._relied_on(name)))
-
         columns = "repository_id, digest, repository, subject, -pushed_at"
         for page in self.store.pages(columns, f"{untagged} AND leased_at < ?", old, after=(0, "")):
-            self._each([row for row in page if row[3] or (row[4], row[1]) > last_kept(row[0])], drop)
+            going = [row[:3] for row in page if row[3] or (row[4], row[1]) > last_kept(row[0])]
+            self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
         """Drop a manifest that is old, with what only it kept, unless something keeps it, but for a tag, say.
@@ -1940,12 +1930,10 @@ class Collector:
             going -= staying
         if digest not in going:
             return set()
-        needed: set[str] = set()
+        sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
+        needed = {child for each in going for (child,) in self._db.execute(sql, (repository, each))}
         for each in going:
-            sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
-            needed.update(child for (child,) in self._db.execute(sql, (repository, each)))
-            sql = "DELETE FROM manifests WHERE repository_id = ? AND digest = ?"
-            if self._db.execute(sql, (repository, each)).rowcount:
+            if self._db.execute(f"DELETE FROM manifests {self._LINK}", (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
         for child in needed:
             untagged = child in going  # which has leased it just now
@@ -1954,26 +1942,24 @@ class Collector:
 
     def _keepers(self, repository: int, digest: str, name: str, old: int, but: str) -> dict[str, set[str]]:
         """What keeps a manifest, and what keeps each that it keeps, directly or not."""
+        above = (
+            "SELECT keeper FROM keepers WHERE repository_id = ? AND kept = ? AND since >= ? AND keeper <> ?"
+        )
+        below = f"SELECT kept FROM keepers WHERE repository_id = ? AND keeper = ? LIMIT {DROP_LIMIT}"
         keepers: dict[str, set[str]] = {}
         found = [digest]
         for each in found:
             if each not in keepers and len(keepers) < DROP_LIMIT:
-                sql = (
-                    "SELECT keeper FROM keepers WHERE repository_id = ? AND digest = ?"
-                    " AND ifnull(leased_at, 9e999) >= ? AND keeper <> ? LIMIT ?"
-                )
                 how = (old, but) if each == digest else (self._relied_on(name), "")
-                rows = self._db.execute(sql, (repository, each, *how, DROP_LIMIT + 1))
+                rows = self._db.execute(f"{above} LIMIT {DROP_LIMIT + 1}", (repository, each, *how))
                 keepers[each] = {keeper for (keeper,) in rows}
-                sql = "SELECT digest FROM keepers WHERE repository_id = ? AND keeper = ? LIMIT ?"
-                found += [kept for (kept,) in self._db.execute(sql, (repository, each, DROP_LIMIT))]
+                found += [kept for (kept,) in self._db.execute(below, (repository, each))]
         return keepers
 
     def _unlink(self, repository: int, digest: str, name: str, leased_before: float) -> None:
         """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
-        sql = "SELECT size, leased_at, needed_by, needed, shared FROM links"
-        key = "WHERE repository_id = ? AND digest = ?"
-        rows = self._db.execute(f"{sql} {key}", (repository, digest)).fetchall()
+        sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
+        rows = self._db.execute(sql, (repository, digest)).fetchall()
         for size, leased_at, needed_by, needed, shared in rows:
             self._needed_size -= 0 if needed else size
             if not needed_by and leased_at < leased_before:
@@ -2029,12 +2015,10 @@ class Collector:
         path = self._files.path(digest)
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            changed = max(status.st_mtime, status.st_ctime)
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            if changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
+            is_file, changed = stat.S_ISREG(status.st_mode), max(status.st_mtime, status.st_ctime)
+            if is_file and changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
                 os.utime(path)  # the clock was ahead: as old as if that were now
-            return status.st_size if changed < self._leased_before else None
+            return status.st_size if is_file and changed < self._leased_before else None
         return None
 
 
@@ -2046,11 +2030,12 @@ class Finding(NamedTuple):
     repaired: bool = False
 
 
+@dataclasses.dataclass
 class Verifier:
-    """Compares what is on disk with what the database says, beside whoever else uses the store.
+    """Compares files and rows, beside whoever else uses the store; not by views, which may be wrong too."""
 
-    It relies on no view, since that may be what is wrong.
-    """
+    store: Store
+    progress: Callable[[int, int], object]  # called after each file with how many bytes are done, of how many
 
     # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
     # first kind would have the file of a blob removed that repositories serve.
@@ -2067,17 +2052,11 @@ class Verifier:
         "repositories WHERE id NOT IN (SELECT repository_id FROM repository_blobs)",
     )
 
-    def __init__(self, store: Store, progress: Callable[[int, int], None]) -> None:
-        """progress is called with how many bytes were dealt with, of how many, after each file."""
-        self._store = store
-        self._progress = progress
-
     def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
         """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
 
-        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
-        clients push them again. What is whole and served stays. Raises StartupError when the database is
-        too damaged for that, or, without force, when most files are missing.
+        repair: move damaged and stray files aside, and drop rows without a sound file: clients push it again.
+        Raises StartupError if the database is too damaged for that or, without force, most files are missing.
         """
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
@@ -2085,87 +2064,72 @@ class Verifier:
             self._require_files()
         yield from self._check_schema(repair)
         yield from self._check_rows(repair)
-        done, ((total,),) = 0, self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")
+        done, ((total,),) = 0, self.store.query("SELECT coalesce(sum(size), 0) FROM blobs")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for page in self._store.pages("digest, size", "blobs WHERE 1", after=("",)):
+            for page in self.store.pages("digest, size", "blobs WHERE 1", after=("",)):
                 for (digest, size), (damage, state) in zip(page, pool.map(self._examine, page)):
                     if damage:
                         yield from self._confirm(digest, damage, state, repair)
                     done += size
-                    self._progress(done, total)
-        for digest in self._store.files.contents():
-            if not self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
+                    self.progress(done, total)
+        for digest in self.store.files.contents():
+            if not self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
                 yield from self._confirm(digest, "unreferenced", None, repair)
-        for name, manifest, child in self._store.query(
-            "SELECT name, manifest, child FROM manifest_references JOIN repositories ON id = repository_id"
-            " WHERE required"
-            " AND (repository_id, child) NOT IN (SELECT repository_id, digest FROM repository_blobs)"
-        ):
+        sql = "SELECT name, manifest, child FROM manifest_references JOIN repositories ON id = repository_id"
+        absent = "(repository_id, child) NOT IN (SELECT repository_id, digest FROM repository_blobs)"
+        for name, manifest, child in self.store.query(f"{sql} WHERE required AND {absent}"):
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
     def _require_files(self) -> None:
         """Refuse to give up most of the files: it is rather their volume that is not mounted."""
-        files, pages = self._store.files, self._store.pages("digest", "blobs WHERE 1", after=("",))
+        files, pages = self.store.files, self.store.pages("digest", "blobs WHERE 1", after=("",))
         found = [os.path.lexists(files.path(digest)) for page in pages for (digest,) in page]
         if (missing := found.count(False)) * 2 > len(found):
-            raise StartupError(
-                f"{missing} of {len(found)} files are missing;"
-                f" see whether {files.root}/blobs is mounted, or add --force"
-            )
+            hint = f"see whether {files.root}/blobs is mounted, or add --force"
+            raise StartupError(f"{missing} of {len(found)} files are missing; {hint}")
 
     def _check_schema(self, repair: bool) -> Iterator[Finding]:
         """Compare the schema with schema.sql. What holds no data can be made again."""
-        broken = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
+        broken = [result for (result,) in self.store.query("PRAGMA integrity_check") if result != "ok"]
         sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
-        actual = {name: _tokens(text) for name, _, text in self._store.query(sql)}
+        actual = {name: _tokens(text) for name, _, text in self.store.query(sql)}
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             model.executescript(read_schema()[1])
             differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
-        broken += [
-            f"table {name} is not that of schema.sql" for name, kind, _ in differing if kind == "table"
-        ]
         yield from (Finding("database", each) for each in broken)
-        if broken and repair:
-            raise StartupError(
-                "the database itself is damaged; restore registry.db from a backup, then repair"
-            )
+        if repair and (broken or any(kind == "table" for _, kind, _ in differing)):
+            raise StartupError("the database is damaged; restore registry.db from a backup, then repair")
         for name, kind, text in differing:
-            if kind != "table":
-                self._repair(repair, f"DROP {kind} IF EXISTS {name}", text)
-                yield Finding("database", f"{kind} {name} is not that of schema.sql", repair)
+            self._repair(repair, f"DROP {kind} IF EXISTS {name}", text)
+            yield Finding("database", f"{kind} {name} is not that of schema.sql", repair)
 
     def _check_rows(self, repair: bool) -> Iterator[Finding]:
         """A manifest's needs are counted as well: what none needs is garbage."""
         for stray in self._STRAY_ROWS:
-            ((count,),) = self._store.query(f"SELECT count(*) FROM {stray}")
+            ((count,),) = self.store.query(f"SELECT count(*) FROM {stray}")
             if count:
                 self._repair(repair, f"DELETE FROM {stray}")
                 yield Finding("database", f"{count} rows of {stray}", repair)
-        needed = (
-            "(SELECT count(*) FROM manifest_references c"
-            " WHERE c.repository_id = repository_blobs.repository_id AND child = digest)"
-        )
-        wrong = self._store.query(
-            f"SELECT name, digest, needed_by, {needed} FROM repository_blobs"
-            f" JOIN repositories ON id = repository_id WHERE needed_by <> {needed}"
-        )
-        if wrong:
-            self._repair(
-                repair, f"UPDATE repository_blobs SET needed_by = {needed} WHERE needed_by <> {needed}"
-            )
-        for name, digest, count, actual in wrong:
-            yield Finding("database", f"{name}@{digest} is needed by {actual} manifests, not {count}", repair)
+        same = "c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest"
+        actual = f"(SELECT count(*) FROM manifest_references c WHERE {same})"
+        joined = "repository_blobs JOIN repositories ON id = repository_id"
+        differs = f"needed_by <> {actual}"
+        wrong = self.store.query(f"SELECT name, digest, needed_by, {actual} FROM {joined} WHERE {differs}")
+        mend = f"UPDATE repository_blobs SET needed_by = {actual} WHERE {differs}"
+        self._repair(repair and bool(wrong), mend)
+        for name, digest, count, needs in wrong:
+            yield Finding("database", f"{name}@{digest} is needed by {needs} manifests, not {count}", repair)
 
     def _repair(self, repair: bool, *statements: str) -> None:
         if repair:
-            with self._store.transaction(frees=True) as db:
+            with self.store.transaction(frees=True) as db:
                 for sql in statements:
                     db.execute(sql)
 
     def _examine(self, row: tuple[str, int]) -> tuple[str, object]:
         """What is wrong with a content, or "", and the state of its file. Hashing lets other threads run."""
         digest, size = row
-        path = self._store.files.path(digest)
+        path = self.store.files.path(digest)
         state = file_state(path)
         try:
             status = os.lstat(path)
@@ -2186,18 +2150,18 @@ class Verifier:
 
     def _confirm(self, digest: str, damage: str, state: object, repair: bool) -> Iterator[Finding]:
         """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
-        files = self._store.files
+        files = self.store.files
         path = files.path(digest)
-        with self._store.transaction(frees=True) as db:
-            known = self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
+        with self.store.transaction(frees=True) as db:
+            known = self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
             if damage == "unreferenced":
-                pending = known or self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
+                pending = known or self.store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
                 is_so = not pending and os.path.lexists(path) and not files.is_being_placed(digest)
             else:
                 is_so = bool(known) and file_state(path) == state
             if is_so and repair:
                 files.quarantine(digest)
-                self._store.drop_content(db, digest)
+                self.store.drop_content(db, digest)
         if is_so:
             yield Finding(damage, digest, repair)
 
@@ -4397,33 +4361,30 @@ def command_gc(options: argparse.Namespace) -> None:
     print_line(f"{'would remove' if options.dry_run else 'removed'} {collector.summary() or 'nothing'}")
 
 
-def progress_line(done: int, total: int, seconds: float) -> str:
-    """How far a job has come that goes through so many bytes."""
-    part = done / total if total else 1.0
-    bar, rate = ("#" * int(part * 30)).ljust(30, "."), done / MIB / max(seconds, 1e-3)
-    return f"[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s"
-
-
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
-    started, shown, clear = time.monotonic(), 0.0, "\r\x1b[K" if sys.stderr.isatty() else ""
-    found = 0
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # what is there of a line that is written over and over
+    found, started, shown = 0, time.monotonic(), 0.0
 
     def show(done: int, total: int) -> None:
         nonlocal shown
         now = time.monotonic()
         if clear and now - shown > 0.1:
+            part, rate = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3)
+            bar = ("#" * int(part * 30)).ljust(30, ".")
+            write_log(f"{clear}[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
             shown = now
-            write_log(clear + progress_line(done, total, now - started), end="")
 
     with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
-        for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
+        try:
+            for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
+                write_log(clear, end="")
+                print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
+                found += 1
+        finally:
             write_log(clear, end="")
-            print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
-            found += 1
         if options.repair:
             store.remove_pending()
-    write_log(clear, end="")
     print_line(f"{found} problems found" if found else "no problems found")
     return 1 if found else 0
 

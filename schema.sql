@@ -165,16 +165,17 @@ CREATE VIEW IF NOT EXISTS links AS
             WHERE digest = l.digest AND repository_id <> l.repository_id) AS shared
     FROM repository_blobs l JOIN blobs b ON b.digest = l.digest;
 
--- What keeps a manifest: an index that lists it, its subject, a tag, a client that was told of it.
+-- What keeps a manifest from being collected: an index that lists it, its subject, or a tag, for ever; and a
+-- lease, since some time.
 CREATE VIEW IF NOT EXISTS keepers AS
-    SELECT m.repository_id, m.digest, c.manifest AS keeper, NULL AS leased_at
+    SELECT m.repository_id, m.digest AS kept, c.manifest AS keeper, 9e999 AS since
     FROM manifest_references c JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child
     WHERE c.manifest <> c.child
     UNION ALL
-    SELECT m.repository_id, m.digest, s.digest, NULL
+    SELECT m.repository_id, m.digest, s.digest, 9e999
     FROM manifests s JOIN manifests m ON m.repository_id = s.repository_id AND m.subject = s.digest
     UNION ALL
-    SELECT repository_id, digest, 'a tag', NULL FROM tags
+    SELECT repository_id, digest, 'a tag', 9e999 FROM tags
     UNION ALL
     SELECT repository_id, digest, 'a lease', leased_at FROM repository_blobs;
 

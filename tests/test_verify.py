@@ -339,6 +339,7 @@ class InTheWay(VerifyTestCase):
 
 class PushedMeanwhile(VerifyTestCase):
     def test_a_push_need_not_wait_while_a_damaged_file_is_read_and_mends_it(self) -> None:
+        self.damage.flip_bit(self.layer)
         examine, found = registry.Verifier._examine, []
 
         def push_meanwhile(verifier: registry.Verifier, row: tuple[str, int]) -> tuple[str, object]:

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -50,7 +51,6 @@ import errno
 import functools
 import getpass
 import hashlib
-import heapq
 import hmac
 import http
 import io
@@ -1879,10 +1879,11 @@ class Collector:
             with self.store.transaction(frees=True) as self._db:
                 for _ in range(BATCH):
                     if page and len(self._removed) < BATCH:
-                        act(*heapq.heappop(page))  # what is sorted is a heap; act may push others
+                        act(*page.pop(0))
             self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
-                self._totals.update({removal.kind: 1, "bytes": removal.size})
+                self._totals[removal.kind] += 1
+                self._totals["bytes"] += removal.size
                 self.report(removal)
             self._removed.clear()
 
@@ -1935,9 +1936,8 @@ class Collector:
         for each in going:
             if self._db.execute(f"DELETE FROM manifests {self._LINK}", (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
-        for child in needed:
-            untagged = child in going  # which has leased it just now
-            self._unlink(repository, child, name, math.inf if untagged else self._relied_on(name))
+        for child in needed:  # what goes was leased only just now, when it lost its tags
+            self._unlink(repository, child, name, math.inf if child in going else self._relied_on(name))
         return keepers.keys() - going
 
     def _keepers(self, repository: int, digest: str, name: str, old: int, but: str) -> dict[str, set[str]]:
@@ -1968,11 +1968,13 @@ class Collector:
 
     def _sweep(self) -> None:
         """Unlink the blobs that no manifest needs."""
-        columns = "leased_at, repository_id, digest, repository"
-        source = "contents WHERE needed_by = 0 AND leased_at < ?"
+        columns = "leased_at, repository_id, digest, name"
+        source = (
+            "repository_blobs JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
+        )
         for page in self.store.pages(columns, source, self._leased_before, after=(-1, 0, "")):
             due = [(*link, since) for at, *link in page if at < (since := self._relied_on(link[2]))]
-            self._each(sorted(due), self._unlink)
+            self._each(due, self._unlink)
 
     def _shrink(self, max_size: int) -> None:
         """Drop the least recently pulled manifests until what is needed fits, or nothing more may go yet."""
@@ -1984,7 +1986,7 @@ class Collector:
                 sql = f"SELECT {columns} FROM {source} AND repository_id = ? AND digest = ?"
                 for each in self._db.execute(sql, (before, row[2], kept)):
                     if each <= end:  # it was pulled before what is next
-                        heapq.heappush(page, each)
+                        bisect.insort(page, each)
             if self._needed_size <= max_size:
                 page.clear()
 
@@ -2008,7 +2010,7 @@ class Collector:
         while some := list(itertools.islice(digests, 5 * BATCH)):
             sql = f"SELECT digest FROM blobs WHERE digest IN ({', '.join('?' * len(some))})"
             unknown = set(some).difference(digest for (digest,) in self.store.query(sql, *some))
-            self._each([(each,) for each in sorted(unknown) if self._abandoned(each) is not None], remove)
+            self._each([(each,) for each in unknown if self._abandoned(each) is not None], remove)
 
     def _abandoned(self, digest: str) -> int | None:
         """The size of a file that nobody is about to give a row: renamed into place, it would be young."""

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -51,7 +52,6 @@ import fcntl
 import functools
 import getpass
 import hashlib
-import heapq
 import hmac
 import http
 import io
@@ -82,7 +82,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -1086,6 +1086,14 @@ class Store:
                     self._database = Database(self._path, read_only=True)
                     database.close()
 
+    def pages(self, columns: str, source: str, *values: Any, after: Sequence[Any]) -> Iterator[list[Any]]:
+        """Rows of a table with a condition, some at a time, whose first columns come after these values."""
+        key, marks = ", ".join(columns.split(", ")[: len(after)]), ", ".join("?" * len(after))
+        sql = f"SELECT {columns} FROM {source} AND ({key}) > ({marks}) ORDER BY {key} LIMIT {CHOICE}"
+        while rows := self.query(sql, *values, *after):
+            after = rows[-1][: len(after)]
+            yield rows
+
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
         key = (sql, *parameters)
@@ -1616,327 +1624,211 @@ class Removal(NamedTuple):
     size: int  # bytes that the disk gets back: 0 while another repository has the blob
 
 
-Link = tuple[int, str, str]  # a repository, a digest, and the repository's name
-T = TypeVar("T")
+class Stopped(Exception):
+    """Garbage collection is to leave it at that."""
 
 
+@dataclasses.dataclass
 class Collector:
     """One run of garbage collection, beside whoever else uses the store.
 
-    A manifest stays while a tag, a lease, an index that lists it or its subject keeps it. What the policy
-    lets go is chosen by queries without a lock, and removed a batch at a time under the write lock, with
-    what only it kept, unless something keeps it by then. Blobs that no manifest needs are unlinked once
-    nobody was told of them for the grace period.
+    What may go is chosen by queries without a lock, and removed a batch at a time under the write lock:
+    manifests that the policy lets go, with what only they kept, unless something keeps them by then; and
+    blobs that no manifest needs, once nobody was told of them for the grace period.
     """
 
-    _KEEPERS = (  # what keeps a manifest
-        "SELECT manifest FROM manifest_references"
-        "  WHERE repository_id = :repository AND child = :digest AND manifest <> :digest"
-        " UNION ALL SELECT s.digest FROM manifests m"
-        "  JOIN manifests s ON s.repository_id = m.repository_id AND s.digest = m.subject"
-        "  WHERE m.repository_id = :repository AND m.digest = :digest"
-        " UNION ALL SELECT 'a lease' FROM repository_blobs"
-        "  WHERE repository_id = :repository AND digest = :digest AND leased_at >= :before"
-        " UNION ALL SELECT name FROM tags"
-        "  WHERE repository_id = :repository AND digest = :digest AND NOT :tagged LIMIT :limit + 1"
-    )
-    _KEPT = (  # what a manifest keeps
-        "SELECT m.digest FROM manifest_references c"
-        " JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child"
-        " WHERE c.repository_id = :repository AND c.manifest = :digest"
-        " UNION SELECT digest FROM manifests"
-        "  WHERE repository_id = :repository AND subject = :digest LIMIT :limit"
-    )
-    # Manifests that no other one keeps. An index with a subject is among them all the same, since what it
-    # lists may be its subject, or what its subject refers to: such a circle goes as one.
-    _TOPMOST = (
-        " FROM manifests m CROSS JOIN repository_blobs l USING (repository_id, digest)"
-        " WHERE l.needed_by = 1 AND (NOT EXISTS (SELECT 1 FROM manifests s"
-        "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
-        " OR EXISTS (SELECT 1 FROM manifest_references c"
-        "  JOIN manifests k ON k.repository_id = c.repository_id AND k.digest = c.child"
-        "  WHERE c.repository_id = m.repository_id AND c.manifest = m.digest AND c.child <> c.manifest))"
-    )
+    _LINK = "WHERE repository_id = ? AND digest = ?"
+    store: Store
+    policy: Policy
+    report: Callable[[Removal], object]  # called with each removal once it is committed
+    stopped: Callable[[], bool] = lambda: False  # asked before each batch whether to leave it at that
 
-    def __init__(
-        self,
-        store: Store,
-        policy: Policy,
-        report: Callable[[Removal], None],
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """report is called with each removal once it is committed.
-
-        stopped is asked before each batch whether to leave it at that.
-        """
-        self._store = store
-        self._files = store.files  # in a dry run, too
-        self._policy = policy
-        self._report = report
-        self._stopped = stopped
-        now = time.time()
-        slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
-        self._leased_before = int(now - policy.grace - slack)
-        self._pushes = store.pushes_since(now - policy.grace)
+    def __post_init__(self) -> None:
+        self._files = self.store.files  # in a dry run, too
+        self._now = time.time()
+        slack = LEASE_SLACK if self.policy.grace else 0.0  # without grace, nobody relies on anything
+        self._leased_before = int(self._now - self.policy.grace - slack)
+        self._pushes = self.store.pushes_since(self._now - self.policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
         self._needed_size = 0  # bytes that manifests need, in _shrink
-        self._counts = {"manifest": 0, "blob": 0, "file": 0}
-        self._freed = 0
-
-    def expected(self, *, walk: bool) -> int:
-        """About how much there is to look at: the policy may let more go."""
-        sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND leased_at < ?"
-        ((count,),) = self._store.query(sql, self._leased_before)
-        return int(count) + (int(self._store.query("SELECT count(*) FROM blobs")[0][0]) if walk else 0)
+        self._totals: collections.Counter[str] = collections.Counter()  # of removals by kind, and of bytes
 
     def summary(self) -> str:
         """What was removed, in a few words; none if that is nothing."""
-        manifests, blobs = self._counts["manifest"], self._counts["blob"] + self._counts["file"]
-        return f"{manifests} manifests and {blobs} blobs, {self._freed} bytes" if manifests + blobs else ""
+        total = self._totals
+        manifests, blobs = total["manifest"], total["blob"] + total["file"]
+        return f"{manifests} manifests and {blobs} blobs, {total['bytes']} bytes" if total else ""
 
-    def run(
-        self,
-        *,
-        walk: bool = False,
-        dry_run: bool = False,
-        advance: Callable[[int], None] = lambda _count: None,
-    ) -> None:
-        """Collect; in a dry run only report, from a copy of the database.
-
-        walk: also remove files under blobs/ that a crash left without a row. advance is called with how
-        much was looked at.
-        """
-        self._advance = advance
-        self._store.flush_pulls()
-        with contextlib.ExitStack() as resources:
+    def run(self, *, walk: bool = False, dry_run: bool = False) -> None:
+        """Collect, with walk also files that a crash left without a row; or only report, from a copy."""
+        self.store.flush_pulls()
+        with contextlib.suppress(Stopped), contextlib.ExitStack() as resources:
             if dry_run:
                 directory = resources.enter_context(tempfile.TemporaryDirectory(prefix="registry-gc-"))
-                self._store.backup(f"{directory}/registry.db")
-                self._store = Store(directory, durable=False)
-                resources.callback(self._store.close)
-            self._store.remove_pending()
+                self.store.backup(f"{directory}/registry.db")
+                self.store = resources.enter_context(contextlib.closing(Store(directory, durable=False)))
+            self.store.remove_pending()
             self._mend_times()
-            if self._policy.untagged_after is not None:
-                self._drop_untagged(self._policy.untagged_after)
+            if self.policy.untagged_after is not None:
+                self._drop_untagged(self.policy.untagged_after)
             self._sweep()
-            if self._policy.max_size is not None:
-                self._shrink(self._policy.max_size)
+            if self.policy.max_size is not None:
+                self._shrink(self.policy.max_size)
             if walk:
                 self._walk()
-            self._store.files.keep_reserve()
+            self.store.files.keep_reserve()
 
-    def _choose(self, sql: str, *parameters: object) -> list[Any]:
-        """Some rows of what may go; none once this is to stop."""
-        return [] if self._stopped() else self._store.query(f"{sql} LIMIT {CHOICE}", *parameters)
-
-    def _each(self, items: Iterator[T], act: Callable[[sqlite3.Connection, T], None]) -> None:
-        """Act on each item, a batch at a time under the write lock, and report what that removed."""
-        item = next(items, None)
-        while item is not None and not self._stopped():
-            with self._store.transaction(frees=True) as db:
+    def _each(self, page: list[Any], act: Callable[..., object]) -> None:
+        """Act on each row, a batch at a time under the write lock, and report what that removed."""
+        while page:
+            if self.stopped():
+                raise Stopped
+            with self.store.transaction(frees=True) as self._db:
                 for _ in range(BATCH):
-                    act(db, item)
-                    item = next(items, None)
-                    if item is None or len(self._removed) >= BATCH:
-                        break
-            self._store.remove_files([removal.digest for removal in self._removed])
+                    if page and len(self._removed) < BATCH:
+                        act(*page.pop(0))
+            self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
-                self._counts[removal.kind] += 1
-                self._freed += removal.size
-                self._report(removal)
+                self._totals[removal.kind] += 1
+                self._totals["bytes"] += removal.size
+                self.report(removal)
             self._removed.clear()
 
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
-        now = int(time.time())
+        now = int(self._now)
+        times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
+        manifests = self.policy.untagged_after is not None or self.policy.max_size is not None
+        sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
+        while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE)):
+            with self.store.transaction(frees=True) as db:
+                db.executemany(
+                    f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}", rows
+                )
+                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
 
-        def mend(db: sqlite3.Connection, row: tuple[int, str]) -> None:
-            key = "WHERE repository_id = ? AND digest = ?"
-            db.execute(f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {key}", row)
-            sql = f"UPDATE manifests SET pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
-            db.execute(f"{sql} {key}", row)
-
-        sql = (
-            "SELECT repository_id, digest FROM repository_blobs WHERE needed_by = 0 AND leased_at > ?"
-            " UNION SELECT repository_id, digest FROM manifests CROSS JOIN repository_blobs"
-            " USING (repository_id, digest) WHERE ? AND max(leased_at, pushed_at, pulled_at) > ?"
-        )
-        manifests = self._policy.untagged_after is not None or self._policy.max_size is not None
-        while rows := self._choose(sql, now + CLOCK_SLACK, manifests, now + CLOCK_SLACK):
-            self._each(iter(rows), mend)
-
-    def _relied_on(self, _repository: int, _digest: str, name: str) -> int:
-        """The second since when clients may rely on what they were told of a repository.
-
-        A push may take longer than the grace: what came since its upload began, or shortly before, it needs.
-        """
+    def _relied_on(self, name: str) -> int:
+        """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
         return min(self._leased_before, self._pushes.get(hashed_name(name), sys.maxsize) - PUSH_PAUSE)
 
     def _drop_untagged(self, age: float) -> None:
         """Drop untagged manifests that nothing keeps, but the newest images."""
-        old = min(self._leased_before, int(time.time() - age))
+        old = min(self._leased_before, int(self._now - age))
+        untagged = "topmost_manifests WHERE NOT tagged"
 
-        def drop(db: sqlite3.Connection, row: Link) -> None:
-            relied_on = self._relied_on(*row)
-            self._drop(db, row, min(old, relied_on), relied_on)
+        @functools.lru_cache(1)  # rows come by repository, and what stays is fixed before any of it goes
+        def last_kept(repository: int) -> tuple[float, str]:
+            sql = f"SELECT -pushed_at, digest FROM {untagged} AND subject IS NULL AND repository_id = ?"
+            order = f"ORDER BY pushed_at DESC, digest LIMIT {self.policy.keep_last}"
+            return next(reversed(self.store.query(f"{sql} {order}", repository)), (-math.inf, ""))
 
-        untagged = (
-            f"{self._TOPMOST} AND NOT EXISTS (SELECT 1 FROM tags t"
-            " WHERE t.repository_id = m.repository_id AND t.digest = m.digest)"
-        )
-        page = (
-            "SELECT m.repository_id, m.digest, (SELECT name FROM repositories WHERE id = m.repository_id),"
-            f" m.subject IS NULL, -m.pushed_at {untagged} AND l.leased_at < ?"
-            " AND (m.repository_id, m.digest) > (?, ?) ORDER BY m.repository_id, m.digest"
-        )
-        newest = (
-            f"SELECT -m.pushed_at, m.digest {untagged} AND m.repository_id = ? AND m.subject IS NULL"
-            f" ORDER BY m.pushed_at DESC, m.digest LIMIT {self._policy.keep_last}"
-        )
-        last, kept = (0, ""), [(0, "")]
-        while rows := self._choose(page, old, *last):
-            chosen = []
-            for repository, digest, name, is_image, age_rank in rows:
-                if repository != last[0]:  # what is kept is fixed before anything of it goes
-                    kept = self._store.query(newest, repository)[-1:]
-                last = repository, digest
-                if not (is_image and kept and (age_rank, digest) <= kept[0]):
-                    chosen.append((repository, digest, name))
-            self._each(iter(chosen), drop)
+        columns = "repository_id, digest, repository, subject, -pushed_at"
+        for page in self.store.pages(columns, f"{untagged} AND leased_at < ?", old, after=(0, "")):
+            going = [row[:3] for row in page if row[3] or (row[4], row[1]) > last_kept(row[0])]
+            self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
-    def _drop(
-        self, db: sqlite3.Connection, link: Link, old: int, relied_on: int, *, tagged: bool = False
-    ) -> list[str]:
-        """Drop a manifest that is old, though it may be tagged if that is said, with what only it kept.
+    def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
+        """Drop a manifest that is old, with what only it kept, unless something keeps it, but for a tag, say.
 
-        Returns what it kept and others keep as well. Does nothing if something keeps the manifest itself.
+        Returns what it kept and others keep as well.
         """
-        repository, digest, name = link
-        keepers: dict[str, set[str]] = {}
-        found = [digest]
-        for each in found:
-            if each not in keepers and len(keepers) < DROP_LIMIT:
-                values = {"repository": repository, "digest": each, "limit": DROP_LIMIT}
-                itself = each == digest
-                how = {"before": old if itself else relied_on, "tagged": itself and tagged}
-                keepers[each] = {keeper for (keeper,) in db.execute(self._KEEPERS, {**values, **how})}
-                found += [kept for (kept,) in db.execute(self._KEPT, values)]
+        keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
             going -= staying
         if digest not in going:
-            return []
-        needed: set[str] = set()
+            return set()
+        sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
+        needed = {child for each in going for (child,) in self._db.execute(sql, (repository, each))}
         for each in going:
-            sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
-            needed.update(child for (child,) in db.execute(sql, (repository, each)))
-            sql = "DELETE FROM manifests WHERE repository_id = ? AND digest = ?"
-            if db.execute(sql, (repository, each)).rowcount:
+            if self._db.execute(f"DELETE FROM manifests {self._LINK}", (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
-        for child in needed:
-            leased_before = float("inf") if child in going else relied_on  # untagging has leased it just now
-            self._unlink(db, (repository, child, name), leased_before)
-        return [each for each in keepers if each not in going]
+        for child in needed:  # what goes was leased only just now, when it lost its tags
+            self._unlink(repository, child, name, math.inf if child in going else self._relied_on(name))
+        return keepers.keys() - going
 
-    def _unlink(self, db: sqlite3.Connection, link: Link, leased_before: float) -> None:
-        """Unlink a blob unless a manifest of the repository needs it or a client may rely on it."""
-        repository, digest, name = link
-        rows = db.execute(
-            "SELECT size, leased_at, needed_by,"
-            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = l.digest AND needed_by > 0),"
-            " EXISTS (SELECT 1 FROM repository_blobs"
-            "  WHERE digest = l.digest AND repository_id <> l.repository_id)"
-            " FROM repository_blobs l JOIN blobs b USING (digest) WHERE repository_id = ? AND digest = ?",
-            (repository, digest),
-        ).fetchall()
-        for size, leased_at, needed_here, needed, elsewhere in rows:
+    def _keepers(self, repository: int, digest: str, name: str, old: int, but: str) -> dict[str, set[str]]:
+        """What keeps a manifest, and what keeps each that it keeps, directly or not."""
+        above = (
+            "SELECT keeper FROM keepers WHERE repository_id = ? AND kept = ? AND since >= ? AND keeper <> ?"
+        )
+        below = f"SELECT kept FROM keepers WHERE repository_id = ? AND keeper = ? LIMIT {DROP_LIMIT}"
+        keepers: dict[str, set[str]] = {}
+        found = [digest]
+        for each in found:
+            if each not in keepers and len(keepers) < DROP_LIMIT:
+                how = (old, but) if each == digest else (self._relied_on(name), "")
+                rows = self._db.execute(f"{above} LIMIT {DROP_LIMIT + 1}", (repository, each, *how))
+                keepers[each] = {keeper for (keeper,) in rows}
+                found += [kept for (kept,) in self._db.execute(below, (repository, each))]
+        return keepers
+
+    def _unlink(self, repository: int, digest: str, name: str, leased_before: float) -> None:
+        """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
+        sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
+        rows = self._db.execute(sql, (repository, digest)).fetchall()
+        for size, leased_at, needed_by, needed, shared in rows:
             self._needed_size -= 0 if needed else size
-            if not needed_here and leased_at < leased_before:
-                self._store.unlink(db, repository, digest)
-                self._removed.append(Removal("blob", name, digest, 0 if elsewhere else size))
+            if not needed_by and leased_at < leased_before:
+                self.store.unlink(self._db, repository, digest)
+                self._removed.append(Removal("blob", name, digest, 0 if shared else size))
 
     def _sweep(self) -> None:
         """Unlink the blobs that no manifest needs."""
-
-        def unlink(db: sqlite3.Connection, row: tuple[int, int, str, str]) -> None:
-            self._unlink(db, row[1:], self._leased_before)
-
-        sql = (
-            "SELECT leased_at, repository_id, digest, name FROM repository_blobs"
-            " JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
-            " AND (leased_at, repository_id, digest) > (?, ?, ?) ORDER BY leased_at, repository_id, digest"
+        columns = "leased_at, repository_id, digest, name"
+        source = (
+            "repository_blobs JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
         )
-        last = (-1, 0, "")
-        while rows := self._choose(sql, self._leased_before, *last):
-            self._each((row for row in rows if row[0] < self._relied_on(*row[1:])), unlink)
-            self._advance(len(rows))
-            last = rows[-1][:3]
+        for page in self.store.pages(columns, source, self._leased_before, after=(-1, 0, "")):
+            due = [(*link, since) for at, *link in page if at < (since := self._relied_on(link[2]))]
+            self._each(due, self._unlink)
 
     def _shrink(self, max_size: int) -> None:
         """Drop the least recently pulled manifests until what is needed fits, or nothing more may go yet."""
-        ((self._needed_size,),) = self._store.query(
-            "SELECT (SELECT coalesce(sum(size), 0) FROM blobs) - (SELECT coalesce(sum(size), 0) FROM blobs b"
-            " WHERE digest IN (SELECT digest FROM repository_blobs WHERE needed_by = 0) AND NOT EXISTS"
-            " (SELECT 1 FROM repository_blobs l WHERE l.digest = b.digest AND l.needed_by > 0))"
-        )
-        order = "m.pulled_at, m.pushed_at, m.repository_id, m.digest"
-        sql = (
-            f"SELECT {order}, (SELECT name FROM repositories WHERE id = m.repository_id)"
-            f" {self._TOPMOST} AND l.leased_at < ?"
-        )
-        heap: list[tuple[int, int, int, str, str]] = []
-        end = (-1, 0, 0, "", "")
+        before, source = self._leased_before, "topmost_manifests WHERE leased_at < ?"
+        columns = "pulled_at, pushed_at, repository_id, digest, repository"
 
-        def least_recent() -> Iterator[tuple[int, int, int, str, str]]:
-            while heap and self._needed_size > max_size:
-                yield heapq.heappop(heap)
+        def drop(*row: Any) -> None:
+            for kept in self._drop(row[2], row[3], row[4], before, but="a tag"):
+                sql = f"SELECT {columns} FROM {source} AND repository_id = ? AND digest = ?"
+                for each in self._db.execute(sql, (before, row[2], kept)):
+                    if each <= end:  # it was pulled before what is next
+                        bisect.insort(page, each)
+            if self._needed_size <= max_size:
+                page.clear()
 
-        def drop(db: sqlite3.Connection, row: tuple[int, int, int, str, str]) -> None:
-            before = self._leased_before
-            for kept in self._drop(db, row[2:], before, self._relied_on(*row[2:]), tagged=True):
-                freed = db.execute(f"{sql} AND m.repository_id = ? AND m.digest = ?", (before, row[2], kept))
-                for each in freed:  # it may have been pulled before what is next
-                    if each <= end:
-                        heapq.heappush(heap, each)
-
-        page = f"{sql} AND ({order}) > (?, ?, ?, ?) ORDER BY {order}"
-        while self._needed_size > max_size and (rows := self._choose(page, self._leased_before, *end[:4])):
-            heap, end = rows, rows[-1]
-            self._each(least_recent(), drop)
+        ((self._needed_size,),) = self.store.query("SELECT bytes FROM needed_size")
+        pages = self.store.pages(columns, source, before, after=(-1, 0, 0, ""))
+        while self._needed_size > max_size and (page := next(pages, [])):
+            end = page[-1]
+            self._each(page, drop)
 
     def _walk(self) -> None:
         """Remove files under blobs/ that have no row, once nobody has touched them for the grace period."""
 
-        def remove(db: sqlite3.Connection, digest: str) -> None:
+        def remove(digest: str) -> None:
             size = self._abandoned(digest)
-            marked = size is not None and db.execute(
-                "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
-                " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
-                {"digest": digest},
-            )
-            if marked and marked.rowcount:
-                self._removed.append(Removal("file", "", digest, size or 0))
+            sql = "INSERT INTO pending_deletes SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
+            sql += " ON CONFLICT DO NOTHING"
+            if size is not None and self._db.execute(sql, (digest, digest)).rowcount:
+                self._removed.append(Removal("file", "", digest, size))
 
-        digests = (digest for digest in self._files.contents() if is_digest(digest))
-        while not self._stopped() and (some := list(itertools.islice(digests, 5 * BATCH))):
+        digests = self._files.contents()
+        while some := list(itertools.islice(digests, 5 * BATCH)):
             sql = f"SELECT digest FROM blobs WHERE digest IN ({', '.join('?' * len(some))})"
-            unknown = set(some).difference(digest for (digest,) in self._store.query(sql, *some))
-            self._each((digest for digest in unknown if self._abandoned(digest) is not None), remove)
-            self._advance(len(some))
+            unknown = set(some).difference(digest for (digest,) in self.store.query(sql, *some))
+            self._each([(each,) for each in unknown if self._abandoned(each) is not None], remove)
 
     def _abandoned(self, digest: str) -> int | None:
         """The size of a file that nobody is about to give a row: renamed into place, it would be young."""
         path = self._files.path(digest)
-        try:
+        with contextlib.suppress(OSError):
             status = os.lstat(path)
-            changed = max(status.st_mtime, status.st_ctime)
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            if changed > time.time() + CLOCK_SLACK and self._files is self._store.files:
+            is_file, changed = stat.S_ISREG(status.st_mode), max(status.st_mtime, status.st_ctime)
+            if is_file and changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
                 os.utime(path)  # the clock was ahead: as old as if that were now
-        except OSError:
-            return None
-        return status.st_size if changed < self._leased_before else None
+            return status.st_size if is_file and changed < self._leased_before else None
+        return None
 
 
 class Finding(NamedTuple):
@@ -1947,43 +1839,33 @@ class Finding(NamedTuple):
     repaired: bool = False
 
 
+@dataclasses.dataclass
 class Verifier:
-    """Compares what is on disk with what the database says, beside whoever else uses the store."""
+    """Compares files and rows, beside whoever else uses the store; not by views, which may be wrong too."""
+
+    store: Store
+    progress: Callable[[int, int], object]  # called after each file with how many bytes are done, of how many
 
     # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
     # first kind would have the file of a blob removed that repositories serve.
     _STRAY_ROWS = (
-        ("pending_deletes", "digest IN (SELECT digest FROM blobs)"),
-        (
-            "repository_blobs",
-            "repository_id NOT IN (SELECT id FROM repositories) OR digest NOT IN (SELECT digest FROM blobs)",
-        ),
-        ("manifests", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)"),
-        (
-            "manifest_references",
-            "(repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
-        ),
-        ("referrers", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
-        ("tags", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
-        ("blobs", "digest NOT IN (SELECT digest FROM repository_blobs)"),
-        ("repositories", "id NOT IN (SELECT repository_id FROM repository_blobs)"),
+        "pending_deletes WHERE digest IN (SELECT digest FROM blobs)",
+        "repository_blobs WHERE repository_id NOT IN (SELECT id FROM repositories)",
+        "repository_blobs WHERE digest NOT IN (SELECT digest FROM blobs)",
+        "manifests WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)",
+        "manifest_references"
+        " WHERE (repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "referrers WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "tags WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "blobs WHERE digest NOT IN (SELECT digest FROM repository_blobs)",
+        "repositories WHERE id NOT IN (SELECT repository_id FROM repository_blobs)",
     )
-
-    def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
-        """advance is called with the number of bytes of each file that was dealt with."""
-        self._store = store
-        self._advance = advance
-
-    def total(self) -> int:
-        """How many bytes there are to verify."""
-        return int(self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
 
     def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
         """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
 
-        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
-        clients push them again. What is whole and served stays. Raises StartupError when the database is
-        too damaged for that, or, without force, when most files are missing.
+        repair: move damaged and stray files aside, and drop rows without a sound file: clients push it again.
+        Raises StartupError if the database is too damaged for that or, without force, most files are missing.
         """
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
@@ -1991,128 +1873,105 @@ class Verifier:
             self._require_files()
         yield from self._check_schema(repair)
         yield from self._check_rows(repair)
+        done, ((total,),) = 0, self.store.query("SELECT coalesce(sum(size), 0) FROM blobs")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows in self._pages():
-                for (digest, size), damage in zip(rows, pool.map(self._examine, rows)):
+            for page in self.store.pages("digest, size", "blobs WHERE 1", after=("",)):
+                for (digest, size), (damage, state) in zip(page, pool.map(self._examine, page)):
                     if damage:
-                        yield from self._confirm(digest, repair)
-                    self._advance(size)
-        for digest in self._store.files.contents():
-            if not self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
-                yield from self._confirm(digest, repair)
-        for name, manifest, child in self._store.query(
-            "SELECT r.name, c.manifest, c.child FROM manifest_references c"
-            " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
-            "  SELECT 1 FROM repository_blobs l"
-            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child)"
-        ):
+                        yield from self._confirm(digest, damage, state, repair)
+                    done += size
+                    self.progress(done, total)
+        for digest in self.store.files.contents():
+            if not self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
+                yield from self._confirm(digest, "unreferenced", None, repair)
+        sql = "SELECT name, manifest, child FROM manifest_references JOIN repositories ON id = repository_id"
+        absent = "(repository_id, child) NOT IN (SELECT repository_id, digest FROM repository_blobs)"
+        for name, manifest, child in self.store.query(f"{sql} WHERE required AND {absent}"):
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
     def _require_files(self) -> None:
         """Refuse to give up most of the files: it is rather their volume that is not mounted."""
-        missing = total = 0
-        for rows in self._pages():
-            total += len(rows)
-            missing += sum(not os.path.lexists(self._store.files.path(digest)) for digest, _ in rows)
-        if missing * 2 > total:
-            place = f"{self._store.files.root}/blobs"
-            raise StartupError(
-                f"{missing} of {total} files are missing; see whether {place} is mounted, or add --force"
-            )
-
-    def _pages(self) -> Iterator[list[Any]]:
-        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self._store.query(sql, last, BATCH):
-            yield rows
-            last = rows[-1][0]
+        files, pages = self.store.files, self.store.pages("digest", "blobs WHERE 1", after=("",))
+        found = [os.path.lexists(files.path(digest)) for page in pages for (digest,) in page]
+        if (missing := found.count(False)) * 2 > len(found):
+            hint = f"see whether {files.root}/blobs is mounted, or add --force"
+            raise StartupError(f"{missing} of {len(found)} files are missing; {hint}")
 
     def _check_schema(self, repair: bool) -> Iterator[Finding]:
-        """Compare tables, indexes and triggers with schema.sql. What holds no data can be made again."""
-        broken = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
-        yield from (Finding("database", result) for result in broken)
+        """Compare the schema with schema.sql. What holds no data can be made again."""
+        broken = [result for (result,) in self.store.query("PRAGMA integrity_check") if result != "ok"]
         sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
-        actual = {name: _tokens(text) for name, _, text in self._store.query(sql)}
+        actual = {name: _tokens(text) for name, _, text in self.store.query(sql)}
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             model.executescript(read_schema()[1])
             differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
-        broken += [name for name, kind, _ in differing if kind == "table" and name not in actual]
+        yield from (Finding("database", each) for each in broken)
+        if repair and (broken or any(kind == "table" for _, kind, _ in differing)):
+            raise StartupError("the database is damaged; restore registry.db from a backup, then repair")
         for name, kind, text in differing:
-            repaired = repair and kind != "table" and not broken
-            if repaired:
-                with self._store.transaction(frees=True) as db:
-                    db.execute(f"DROP {kind} IF EXISTS {name}")
-                    db.execute(text)
-            yield Finding("database", f"{kind} {name} is not that of schema.sql", repaired)
-        if broken and repair:
-            raise StartupError(
-                "the database itself is damaged; restore registry.db from a backup, then repair"
-            )
+            self._repair(repair, f"DROP {kind} IF EXISTS {name}", text)
+            yield Finding("database", f"{kind} {name} is not that of schema.sql", repair)
 
     def _check_rows(self, repair: bool) -> Iterator[Finding]:
         """A manifest's needs are counted as well: what none needs is garbage."""
-        for table, condition in self._STRAY_ROWS:
-            ((count,),) = self._store.query(f"SELECT count(*) FROM {table} WHERE {condition}")
-            if count and repair:
-                with self._store.transaction(frees=True) as db:
-                    db.execute(f"DELETE FROM {table} WHERE {condition}")
+        for stray in self._STRAY_ROWS:
+            ((count,),) = self.store.query(f"SELECT count(*) FROM {stray}")
             if count:
-                yield Finding("database", f"{count} rows of {table} with {condition}", repair)
-        needed = (
-            "(SELECT count(*) FROM manifest_references c"
-            " WHERE c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest)"
-        )
-        wrong = self._store.query(
-            f"SELECT r.name, digest, needed_by, {needed} FROM repository_blobs"
-            f" JOIN repositories r ON r.id = repository_id WHERE needed_by <> {needed}"
-        )
-        if wrong and repair:
-            with self._store.transaction(frees=True) as db:
-                db.execute(f"UPDATE repository_blobs SET needed_by = {needed} WHERE needed_by <> {needed}")
-        for name, digest, count, actual in wrong:
-            yield Finding("database", f"{name}@{digest} is needed by {actual} manifests, not {count}", repair)
+                self._repair(repair, f"DELETE FROM {stray}")
+                yield Finding("database", f"{count} rows of {stray}", repair)
+        same = "c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest"
+        actual = f"(SELECT count(*) FROM manifest_references c WHERE {same})"
+        joined = "repository_blobs JOIN repositories ON id = repository_id"
+        differs = f"needed_by <> {actual}"
+        wrong = self.store.query(f"SELECT name, digest, needed_by, {actual} FROM {joined} WHERE {differs}")
+        mend = f"UPDATE repository_blobs SET needed_by = {actual} WHERE {differs}"
+        self._repair(repair and bool(wrong), mend)
+        for name, digest, count, needs in wrong:
+            yield Finding("database", f"{name}@{digest} is needed by {needs} manifests, not {count}", repair)
 
-    def _examine(self, row: tuple[str, int]) -> str:
-        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
+    def _repair(self, repair: bool, *statements: str) -> None:
+        if repair:
+            with self.store.transaction(frees=True) as db:
+                for sql in statements:
+                    db.execute(sql)
+
+    def _examine(self, row: tuple[str, int]) -> tuple[str, object]:
+        """What is wrong with a content, or "", and the state of its file. Hashing lets other threads run."""
         digest, size = row
-        path = self._store.files.path(digest)
+        path = self.store.files.path(digest)
+        state = file_state(path)
         try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                return "corrupt"
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > size:
+                return "corrupt", state
+            if status.st_size < size:
+                return "truncated", state
             with open(path, "rb", buffering=0, opener=no_follow) as file:
-                actual = os.fstat(file.fileno()).st_size
-                if actual != size:
-                    return "truncated" if actual < size else "corrupt"
                 running = hashlib.new(algorithm_of(digest))
                 buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
                 while count := file.readinto(buffer):
                     running.update(buffer[:count])
         except FileNotFoundError:
-            return "missing"
+            return "missing", state
         except OSError as error:  # reading does not say which file
             raise OSError(error.errno, error.strerror, path) from error
-        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
+        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt", state
 
-    def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
-        """Look again, and see that it is still so while nobody pushes or deletes, who need not wait for more.
-
-        On a read-only medium nobody can anyway.
-        """
-        files, sql = self._store.files, "SELECT digest, size FROM blobs WHERE digest = ?"
+    def _confirm(self, digest: str, damage: str, state: object, repair: bool) -> Iterator[Finding]:
+        """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
+        files = self.store.files
         path = files.path(digest)
-        state = file_state(path)
-        damage = "".join(map(self._examine, self._store.query(sql, digest)))
-        with self._store.transaction(frees=True) as db:
-            row = self._store.query(sql, digest)
-            if not row or file_state(path) != state:  # pushed or deleted meanwhile
-                damage = ""
-            if not row and os.path.lexists(path) and not files.is_being_placed(digest):
-                pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
-                damage = "" if pending else "unreferenced"
-            if damage and repair:
+        with self.store.transaction(frees=True) as db:
+            known = self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
+            if damage == "unreferenced":
+                pending = known or self.store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
+                is_so = not pending and os.path.lexists(path) and not files.is_being_placed(digest)
+            else:
+                is_so = bool(known) and file_state(path) == state
+            if is_so and repair:
                 files.quarantine(digest)
-                if row:
-                    self._store.drop_content(db, digest)
-        if damage:
+                self.store.drop_content(db, digest)
+        if is_so:
             yield Finding(damage, digest, repair)
 
 
@@ -3873,74 +3732,41 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
-class Progress:
-    """How far a long job has come: a line on standard error, written over and over if that is a terminal."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self.total, self._unit = total, unit
-        self._done, self._started, self._shown = 0, time.monotonic(), 0.0
-        self._lock = threading.Lock()
-        self._visible = sys.stderr.isatty()
-
-    def advance(self, amount: int) -> None:
-        """So much more is done."""
-        with self._lock:
-            self._done += amount
-            now = time.monotonic()
-            if not self._visible or now - self._shown <= 0.1:
-                return
-            self._shown = now
-            part = min(self._done / self.total, 1.0) if self.total else 1.0
-            rate = format_count(int(self._done / max(now - self._started, 1e-3)), self._unit)
-            bar, done = ("#" * int(part * 30)).ljust(30, "."), format_count(self._done, self._unit)
-            write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate}/s \x1b[K", end="")
-
-    def finish(self) -> None:
-        """Make room for other output."""
-        if self._visible:
-            write_log("\r\x1b[K", end="")
-
-
-def format_count(count: int, unit: str) -> str:
-    """A number for people: bytes in binary multiples, other things as they are."""
-    if unit != "B":
-        return f"{count} {unit}"
-    value, prefixes = float(count), iter(("", "Ki", "Mi", "Gi", "Ti", "Pi"))
-    prefix = next(prefixes)
-    while value >= 1024 and prefix != "Pi":
-        value, prefix = value / 1024, next(prefixes)
-    return f"{value:.{1 if prefix else 0}f} {prefix}B"
-
-
 def command_gc(options: argparse.Namespace) -> None:
     """Remove what nothing needs any more, beside a running registry or without one."""
+
+    def report(removal: Removal) -> None:
+        where = f"{removal.repository}@" if removal.repository else ""
+        print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
+
     with contextlib.closing(open_existing_store(options.data)) as store:
-
-        def report(removal: Removal) -> None:
-            progress.finish()
-            where = f"{removal.repository}@" if removal.repository else ""
-            print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
-
         collector = Collector(store, policy_of(options), report)
-        progress = Progress(collector.expected(walk=options.all), "items")
-        collector.run(walk=options.all, dry_run=options.dry_run, advance=progress.advance)
-        progress.finish()
+        collector.run(walk=options.all, dry_run=options.dry_run)
     print_line(f"{'would remove' if options.dry_run else 'removed'} {collector.summary() or 'nothing'}")
 
 
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # what is there of a line that is written over and over
+    found, started, shown = 0, time.monotonic(), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if clear and now - shown > 0.1:
+            part, rate = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3)
+            bar = ("#" * int(part * 30)).ljust(30, ".")
+            write_log(f"{clear}[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
+            shown = now
+
     with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
-        progress, found = Progress(0, "B"), 0
-        verifier = Verifier(store, progress.advance)
-        progress.total = verifier.total()
         try:
-            for finding in verifier.run(repair=options.repair, force=options.force):
-                progress.finish()
+            for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
+                write_log(clear, end="")
                 print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
                 found += 1
         finally:
-            progress.finish()
+            write_log(clear, end="")
         if options.repair:
             store.remove_pending()
     print_line(f"{found} problems found" if found else "no problems found")

@@ -1773,9 +1773,7 @@ class Collector:
     def _sweep(self) -> None:
         """Unlink the blobs that no manifest needs."""
         columns = "leased_at, repository_id, digest, name"
-        source = (
-            "repository_blobs JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
-        )
+        source = "repository_blobs, repositories WHERE id = repository_id AND needed_by = 0 AND leased_at < ?"
         for page in self.store.pages(columns, source, self._leased_before, after=(-1, 0, "")):
             due = [(*link, since) for at, *link in page if at < (since := self._relied_on(link[2]))]
             self._each(due, self._unlink)

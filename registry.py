@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -51,9 +52,8 @@ import fcntl
 import functools
 import getpass
 import hashlib
-import heapq
 import hmac
-import http
+import http.client
 import io
 import ipaddress
 import itertools
@@ -78,11 +78,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -134,7 +134,6 @@ SLOWEST_BODY = 16 * KIB  # bytes a second of a body, after the time a head may t
 LINGER_TIMEOUT = 5.0  # for the rest of a request after its reply, and for the client to read that
 EVICTION_DELAY = 1.0  # for which whoever is being answered need not make room
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
-RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 DAY = 24 * 3600
@@ -147,7 +146,6 @@ SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
 IDLE_THREADS = 8  # that wait for the next connection
-LISTEN_BACKLOG = 1024
 TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
 PASSWORD_LIFETIME = 3600.0  # since its last use, for which a password that was right is not hashed again
@@ -182,7 +180,6 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
@@ -1086,6 +1083,14 @@ class Store:
                     self._database = Database(self._path, read_only=True)
                     database.close()
 
+    def pages(self, columns: str, source: str, *values: Any, after: Sequence[Any]) -> Iterator[list[Any]]:
+        """Rows of a table with a condition, some at a time, whose first columns come after these values."""
+        key, marks = ", ".join(columns.split(", ")[: len(after)]), ", ".join("?" * len(after))
+        sql = f"SELECT {columns} FROM {source} AND ({key}) > ({marks}) ORDER BY {key} LIMIT {CHOICE}"
+        while rows := self.query(sql, *values, *after):
+            after = rows[-1][: len(after)]
+            yield rows
+
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
         key = (sql, *parameters)
@@ -1616,327 +1621,209 @@ class Removal(NamedTuple):
     size: int  # bytes that the disk gets back: 0 while another repository has the blob
 
 
-Link = tuple[int, str, str]  # a repository, a digest, and the repository's name
-T = TypeVar("T")
+class Stopped(Exception):
+    """Garbage collection is to leave it at that."""
 
 
+@dataclasses.dataclass
 class Collector:
     """One run of garbage collection, beside whoever else uses the store.
 
-    A manifest stays while a tag, a lease, an index that lists it or its subject keeps it. What the policy
-    lets go is chosen by queries without a lock, and removed a batch at a time under the write lock, with
-    what only it kept, unless something keeps it by then. Blobs that no manifest needs are unlinked once
-    nobody was told of them for the grace period.
+    What may go is chosen by queries without a lock, and removed a batch at a time under the write lock:
+    manifests that the policy lets go, with what only they kept, unless something keeps them by then; and
+    blobs that no manifest needs, once nobody was told of them for the grace period.
     """
 
-    _KEEPERS = (  # what keeps a manifest
-        "SELECT manifest FROM manifest_references"
-        "  WHERE repository_id = :repository AND child = :digest AND manifest <> :digest"
-        " UNION ALL SELECT s.digest FROM manifests m"
-        "  JOIN manifests s ON s.repository_id = m.repository_id AND s.digest = m.subject"
-        "  WHERE m.repository_id = :repository AND m.digest = :digest"
-        " UNION ALL SELECT 'a lease' FROM repository_blobs"
-        "  WHERE repository_id = :repository AND digest = :digest AND leased_at >= :before"
-        " UNION ALL SELECT name FROM tags"
-        "  WHERE repository_id = :repository AND digest = :digest AND NOT :tagged LIMIT :limit + 1"
-    )
-    _KEPT = (  # what a manifest keeps
-        "SELECT m.digest FROM manifest_references c"
-        " JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child"
-        " WHERE c.repository_id = :repository AND c.manifest = :digest"
-        " UNION SELECT digest FROM manifests"
-        "  WHERE repository_id = :repository AND subject = :digest LIMIT :limit"
-    )
-    # Manifests that no other one keeps. An index with a subject is among them all the same, since what it
-    # lists may be its subject, or what its subject refers to: such a circle goes as one.
-    _TOPMOST = (
-        " FROM manifests m CROSS JOIN repository_blobs l USING (repository_id, digest)"
-        " WHERE l.needed_by = 1 AND (NOT EXISTS (SELECT 1 FROM manifests s"
-        "  WHERE s.repository_id = m.repository_id AND s.digest = m.subject)"
-        " OR EXISTS (SELECT 1 FROM manifest_references c"
-        "  JOIN manifests k ON k.repository_id = c.repository_id AND k.digest = c.child"
-        "  WHERE c.repository_id = m.repository_id AND c.manifest = m.digest AND c.child <> c.manifest))"
-    )
+    _LINK = "WHERE repository_id = ? AND digest = ?"
+    store: Store
+    policy: Policy
+    report: Callable[[Removal], object]  # called with each removal once it is committed
+    stopped: Callable[[], bool] = lambda: False  # asked before each batch whether to leave it at that
 
-    def __init__(
-        self,
-        store: Store,
-        policy: Policy,
-        report: Callable[[Removal], None],
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """report is called with each removal once it is committed.
-
-        stopped is asked before each batch whether to leave it at that.
-        """
-        self._store = store
-        self._files = store.files  # in a dry run, too
-        self._policy = policy
-        self._report = report
-        self._stopped = stopped
-        now = time.time()
-        slack = LEASE_SLACK if policy.grace else 0.0  # without grace, nobody relies on anything
-        self._leased_before = int(now - policy.grace - slack)
-        self._pushes = store.pushes_since(now - policy.grace)
+    def __post_init__(self) -> None:
+        self._files = self.store.files  # in a dry run, too
+        self._now = time.time()
+        slack = LEASE_SLACK if self.policy.grace else 0.0  # without grace, nobody relies on anything
+        self._leased_before = int(self._now - self.policy.grace - slack)
+        self._pushes = self.store.pushes_since(self._now - self.policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
         self._needed_size = 0  # bytes that manifests need, in _shrink
-        self._counts = {"manifest": 0, "blob": 0, "file": 0}
-        self._freed = 0
-
-    def expected(self, *, walk: bool) -> int:
-        """About how much there is to look at: the policy may let more go."""
-        sql = "SELECT count(*) FROM repository_blobs WHERE needed_by = 0 AND leased_at < ?"
-        ((count,),) = self._store.query(sql, self._leased_before)
-        return int(count) + (int(self._store.query("SELECT count(*) FROM blobs")[0][0]) if walk else 0)
+        self._totals: collections.Counter[str] = collections.Counter()  # of removals by kind, and of bytes
 
     def summary(self) -> str:
         """What was removed, in a few words; none if that is nothing."""
-        manifests, blobs = self._counts["manifest"], self._counts["blob"] + self._counts["file"]
-        return f"{manifests} manifests and {blobs} blobs, {self._freed} bytes" if manifests + blobs else ""
+        total = self._totals
+        manifests, blobs = total["manifest"], total["blob"] + total["file"]
+        return f"{manifests} manifests and {blobs} blobs, {total['bytes']} bytes" if total else ""
 
-    def run(
-        self,
-        *,
-        walk: bool = False,
-        dry_run: bool = False,
-        advance: Callable[[int], None] = lambda _count: None,
-    ) -> None:
-        """Collect; in a dry run only report, from a copy of the database.
-
-        walk: also remove files under blobs/ that a crash left without a row. advance is called with how
-        much was looked at.
-        """
-        self._advance = advance
-        self._store.flush_pulls()
-        with contextlib.ExitStack() as resources:
+    def run(self, *, walk: bool = False, dry_run: bool = False) -> None:
+        """Collect, with walk also files that a crash left without a row; or only report, from a copy."""
+        self.store.flush_pulls()
+        with contextlib.suppress(Stopped), contextlib.ExitStack() as resources:
             if dry_run:
                 directory = resources.enter_context(tempfile.TemporaryDirectory(prefix="registry-gc-"))
-                self._store.backup(f"{directory}/registry.db")
-                self._store = Store(directory, durable=False)
-                resources.callback(self._store.close)
-            self._store.remove_pending()
+                self.store.backup(f"{directory}/registry.db")
+                self.store = resources.enter_context(contextlib.closing(Store(directory, durable=False)))
+            self.store.remove_pending()
             self._mend_times()
-            if self._policy.untagged_after is not None:
-                self._drop_untagged(self._policy.untagged_after)
+            if self.policy.untagged_after is not None:
+                self._drop_untagged(self.policy.untagged_after)
             self._sweep()
-            if self._policy.max_size is not None:
-                self._shrink(self._policy.max_size)
+            if self.policy.max_size is not None:
+                self._shrink(self.policy.max_size)
             if walk:
                 self._walk()
-            self._store.files.keep_reserve()
+            self.store.files.keep_reserve()
 
-    def _choose(self, sql: str, *parameters: object) -> list[Any]:
-        """Some rows of what may go; none once this is to stop."""
-        return [] if self._stopped() else self._store.query(f"{sql} LIMIT {CHOICE}", *parameters)
-
-    def _each(self, items: Iterator[T], act: Callable[[sqlite3.Connection, T], None]) -> None:
-        """Act on each item, a batch at a time under the write lock, and report what that removed."""
-        item = next(items, None)
-        while item is not None and not self._stopped():
-            with self._store.transaction(frees=True) as db:
+    def _each(self, page: list[Any], act: Callable[..., object]) -> None:
+        """Act on each row, a batch at a time under the write lock, and report what that removed."""
+        while page:
+            if self.stopped():
+                raise Stopped
+            with self.store.transaction(frees=True) as self._db:
                 for _ in range(BATCH):
-                    act(db, item)
-                    item = next(items, None)
-                    if item is None or len(self._removed) >= BATCH:
-                        break
-            self._store.remove_files([removal.digest for removal in self._removed])
+                    if page and len(self._removed) < BATCH:
+                        act(*page.pop(0))
+            self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
-                self._counts[removal.kind] += 1
-                self._freed += removal.size
-                self._report(removal)
+                self._totals[removal.kind] += 1
+                self._totals["bytes"] += removal.size
+                self.report(removal)
             self._removed.clear()
 
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
-        now = int(time.time())
+        now = int(self._now)
+        times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
+        manifests = self.policy.untagged_after is not None or self.policy.max_size is not None
+        sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
+        while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE)):
+            with self.store.transaction(frees=True) as db:
+                db.executemany(
+                    f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}", rows
+                )
+                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
 
-        def mend(db: sqlite3.Connection, row: tuple[int, str]) -> None:
-            key = "WHERE repository_id = ? AND digest = ?"
-            db.execute(f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {key}", row)
-            sql = f"UPDATE manifests SET pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
-            db.execute(f"{sql} {key}", row)
-
-        sql = (
-            "SELECT repository_id, digest FROM repository_blobs WHERE needed_by = 0 AND leased_at > ?"
-            " UNION SELECT repository_id, digest FROM manifests CROSS JOIN repository_blobs"
-            " USING (repository_id, digest) WHERE ? AND max(leased_at, pushed_at, pulled_at) > ?"
-        )
-        manifests = self._policy.untagged_after is not None or self._policy.max_size is not None
-        while rows := self._choose(sql, now + CLOCK_SLACK, manifests, now + CLOCK_SLACK):
-            self._each(iter(rows), mend)
-
-    def _relied_on(self, _repository: int, _digest: str, name: str) -> int:
-        """The second since when clients may rely on what they were told of a repository.
-
-        A push may take longer than the grace: what came since its upload began, or shortly before, it needs.
-        """
+    def _relied_on(self, name: str) -> int:
+        """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
         return min(self._leased_before, self._pushes.get(hashed_name(name), sys.maxsize) - PUSH_PAUSE)
 
     def _drop_untagged(self, age: float) -> None:
         """Drop untagged manifests that nothing keeps, but the newest images."""
-        old = min(self._leased_before, int(time.time() - age))
+        old = min(self._leased_before, int(self._now - age))
+        untagged = "topmost_manifests WHERE NOT tagged"
 
-        def drop(db: sqlite3.Connection, row: Link) -> None:
-            relied_on = self._relied_on(*row)
-            self._drop(db, row, min(old, relied_on), relied_on)
+        @functools.lru_cache(1)  # rows come by repository, and what stays is fixed before any of it goes
+        def last_kept(repository: int) -> tuple[float, str]:
+            sql = f"SELECT -pushed_at, digest FROM {untagged} AND subject IS NULL AND repository_id = ?"
+            order = f"ORDER BY pushed_at DESC, digest LIMIT {self.policy.keep_last}"
+            return next(reversed(self.store.query(f"{sql} {order}", repository)), (-math.inf, ""))
 
-        untagged = (
-            f"{self._TOPMOST} AND NOT EXISTS (SELECT 1 FROM tags t"
-            " WHERE t.repository_id = m.repository_id AND t.digest = m.digest)"
-        )
-        page = (
-            "SELECT m.repository_id, m.digest, (SELECT name FROM repositories WHERE id = m.repository_id),"
-            f" m.subject IS NULL, -m.pushed_at {untagged} AND l.leased_at < ?"
-            " AND (m.repository_id, m.digest) > (?, ?) ORDER BY m.repository_id, m.digest"
-        )
-        newest = (
-            f"SELECT -m.pushed_at, m.digest {untagged} AND m.repository_id = ? AND m.subject IS NULL"
-            f" ORDER BY m.pushed_at DESC, m.digest LIMIT {self._policy.keep_last}"
-        )
-        last, kept = (0, ""), [(0, "")]
-        while rows := self._choose(page, old, *last):
-            chosen = []
-            for repository, digest, name, is_image, age_rank in rows:
-                if repository != last[0]:  # what is kept is fixed before anything of it goes
-                    kept = self._store.query(newest, repository)[-1:]
-                last = repository, digest
-                if not (is_image and kept and (age_rank, digest) <= kept[0]):
-                    chosen.append((repository, digest, name))
-            self._each(iter(chosen), drop)
+        columns = "repository_id, digest, repository, subject, -pushed_at"
+        for page in self.store.pages(columns, f"{untagged} AND leased_at < ?", old, after=(0, "")):
+            going = [row[:3] for row in page if row[3] or (row[4], row[1]) > last_kept(row[0])]
+            self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
-    def _drop(
-        self, db: sqlite3.Connection, link: Link, old: int, relied_on: int, *, tagged: bool = False
-    ) -> list[str]:
-        """Drop a manifest that is old, though it may be tagged if that is said, with what only it kept.
+    def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
+        """Drop a manifest that is old, with what only it kept, unless something keeps it, but for a tag, say.
 
-        Returns what it kept and others keep as well. Does nothing if something keeps the manifest itself.
+        Returns what it kept and others keep as well.
         """
-        repository, digest, name = link
-        keepers: dict[str, set[str]] = {}
-        found = [digest]
-        for each in found:
-            if each not in keepers and len(keepers) < DROP_LIMIT:
-                values = {"repository": repository, "digest": each, "limit": DROP_LIMIT}
-                itself = each == digest
-                how = {"before": old if itself else relied_on, "tagged": itself and tagged}
-                keepers[each] = {keeper for (keeper,) in db.execute(self._KEEPERS, {**values, **how})}
-                found += [kept for (kept,) in db.execute(self._KEPT, values)]
+        keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
             going -= staying
         if digest not in going:
-            return []
-        needed: set[str] = set()
+            return set()
+        sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
+        needed = {child for each in going for (child,) in self._db.execute(sql, (repository, each))}
         for each in going:
-            sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
-            needed.update(child for (child,) in db.execute(sql, (repository, each)))
-            sql = "DELETE FROM manifests WHERE repository_id = ? AND digest = ?"
-            if db.execute(sql, (repository, each)).rowcount:
+            if self._db.execute(f"DELETE FROM manifests {self._LINK}", (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
-        for child in needed:
-            leased_before = float("inf") if child in going else relied_on  # untagging has leased it just now
-            self._unlink(db, (repository, child, name), leased_before)
-        return [each for each in keepers if each not in going]
+        for child in needed:  # what goes was leased only just now, when it lost its tags
+            self._unlink(repository, child, name, math.inf if child in going else self._relied_on(name))
+        return keepers.keys() - going
 
-    def _unlink(self, db: sqlite3.Connection, link: Link, leased_before: float) -> None:
-        """Unlink a blob unless a manifest of the repository needs it or a client may rely on it."""
-        repository, digest, name = link
-        rows = db.execute(
-            "SELECT size, leased_at, needed_by,"
-            " EXISTS (SELECT 1 FROM repository_blobs WHERE digest = l.digest AND needed_by > 0),"
-            " EXISTS (SELECT 1 FROM repository_blobs"
-            "  WHERE digest = l.digest AND repository_id <> l.repository_id)"
-            " FROM repository_blobs l JOIN blobs b USING (digest) WHERE repository_id = ? AND digest = ?",
-            (repository, digest),
-        ).fetchall()
-        for size, leased_at, needed_here, needed, elsewhere in rows:
+    def _keepers(self, repository: int, digest: str, name: str, old: int, but: str) -> dict[str, set[str]]:
+        """What keeps a manifest, and what keeps each that it keeps, directly or not."""
+        above = (
+            "SELECT keeper FROM keepers WHERE repository_id = ? AND kept = ? AND since >= ? AND keeper <> ?"
+        )
+        below = f"SELECT kept FROM keepers WHERE repository_id = ? AND keeper = ? LIMIT {DROP_LIMIT}"
+        keepers: dict[str, set[str]] = {}
+        found = [digest]
+        for each in found:
+            if each not in keepers and len(keepers) < DROP_LIMIT:
+                how = (old, but) if each == digest else (self._relied_on(name), "")
+                rows = self._db.execute(f"{above} LIMIT {DROP_LIMIT + 1}", (repository, each, *how))
+                keepers[each] = {keeper for (keeper,) in rows}
+                found += [kept for (kept,) in self._db.execute(below, (repository, each))]
+        return keepers
+
+    def _unlink(self, repository: int, digest: str, name: str, leased_before: float) -> None:
+        """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
+        sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
+        rows = self._db.execute(sql, (repository, digest)).fetchall()
+        for size, leased_at, needed_by, needed, shared in rows:
             self._needed_size -= 0 if needed else size
-            if not needed_here and leased_at < leased_before:
-                self._store.unlink(db, repository, digest)
-                self._removed.append(Removal("blob", name, digest, 0 if elsewhere else size))
+            if not needed_by and leased_at < leased_before:
+                self.store.unlink(self._db, repository, digest)
+                self._removed.append(Removal("blob", name, digest, 0 if shared else size))
 
     def _sweep(self) -> None:
         """Unlink the blobs that no manifest needs."""
-
-        def unlink(db: sqlite3.Connection, row: tuple[int, int, str, str]) -> None:
-            self._unlink(db, row[1:], self._leased_before)
-
-        sql = (
-            "SELECT leased_at, repository_id, digest, name FROM repository_blobs"
-            " JOIN repositories ON id = repository_id WHERE needed_by = 0 AND leased_at < ?"
-            " AND (leased_at, repository_id, digest) > (?, ?, ?) ORDER BY leased_at, repository_id, digest"
-        )
-        last = (-1, 0, "")
-        while rows := self._choose(sql, self._leased_before, *last):
-            self._each((row for row in rows if row[0] < self._relied_on(*row[1:])), unlink)
-            self._advance(len(rows))
-            last = rows[-1][:3]
+        columns = "leased_at, repository_id, digest, name"
+        source = "repository_blobs, repositories WHERE id = repository_id AND needed_by = 0 AND leased_at < ?"
+        for page in self.store.pages(columns, source, self._leased_before, after=(-1, 0, "")):
+            due = [(*link, since) for at, *link in page if at < (since := self._relied_on(link[2]))]
+            self._each(due, self._unlink)
 
     def _shrink(self, max_size: int) -> None:
         """Drop the least recently pulled manifests until what is needed fits, or nothing more may go yet."""
-        ((self._needed_size,),) = self._store.query(
-            "SELECT (SELECT coalesce(sum(size), 0) FROM blobs) - (SELECT coalesce(sum(size), 0) FROM blobs b"
-            " WHERE digest IN (SELECT digest FROM repository_blobs WHERE needed_by = 0) AND NOT EXISTS"
-            " (SELECT 1 FROM repository_blobs l WHERE l.digest = b.digest AND l.needed_by > 0))"
-        )
-        order = "m.pulled_at, m.pushed_at, m.repository_id, m.digest"
-        sql = (
-            f"SELECT {order}, (SELECT name FROM repositories WHERE id = m.repository_id)"
-            f" {self._TOPMOST} AND l.leased_at < ?"
-        )
-        heap: list[tuple[int, int, int, str, str]] = []
-        end = (-1, 0, 0, "", "")
+        before, source = self._leased_before, "topmost_manifests WHERE leased_at < ?"
+        columns = "pulled_at, pushed_at, repository_id, digest, repository"
 
-        def least_recent() -> Iterator[tuple[int, int, int, str, str]]:
-            while heap and self._needed_size > max_size:
-                yield heapq.heappop(heap)
+        def drop(*row: Any) -> None:
+            for kept in self._drop(row[2], row[3], row[4], before, but="a tag"):
+                sql = f"SELECT {columns} FROM {source} AND repository_id = ? AND digest = ?"
+                for each in self._db.execute(sql, (before, row[2], kept)):
+                    if each <= end:  # it was pulled before what is next
+                        bisect.insort(page, each)
+            if self._needed_size <= max_size:
+                page.clear()
 
-        def drop(db: sqlite3.Connection, row: tuple[int, int, int, str, str]) -> None:
-            before = self._leased_before
-            for kept in self._drop(db, row[2:], before, self._relied_on(*row[2:]), tagged=True):
-                freed = db.execute(f"{sql} AND m.repository_id = ? AND m.digest = ?", (before, row[2], kept))
-                for each in freed:  # it may have been pulled before what is next
-                    if each <= end:
-                        heapq.heappush(heap, each)
-
-        page = f"{sql} AND ({order}) > (?, ?, ?, ?) ORDER BY {order}"
-        while self._needed_size > max_size and (rows := self._choose(page, self._leased_before, *end[:4])):
-            heap, end = rows, rows[-1]
-            self._each(least_recent(), drop)
+        ((self._needed_size,),) = self.store.query("SELECT bytes FROM needed_size")
+        pages = self.store.pages(columns, source, before, after=(-1, 0, 0, ""))
+        while self._needed_size > max_size and (page := next(pages, [])):
+            end = page[-1]
+            self._each(page, drop)
 
     def _walk(self) -> None:
         """Remove files under blobs/ that have no row, once nobody has touched them for the grace period."""
 
-        def remove(db: sqlite3.Connection, digest: str) -> None:
+        def remove(digest: str) -> None:
             size = self._abandoned(digest)
-            marked = size is not None and db.execute(
-                "INSERT INTO pending_deletes SELECT :digest WHERE NOT EXISTS"
-                " (SELECT 1 FROM blobs WHERE digest = :digest) ON CONFLICT DO NOTHING",
-                {"digest": digest},
-            )
-            if marked and marked.rowcount:
-                self._removed.append(Removal("file", "", digest, size or 0))
+            sql = "INSERT INTO pending_deletes SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
+            sql += " ON CONFLICT DO NOTHING"
+            if size is not None and self._db.execute(sql, (digest, digest)).rowcount:
+                self._removed.append(Removal("file", "", digest, size))
 
-        digests = (digest for digest in self._files.contents() if is_digest(digest))
-        while not self._stopped() and (some := list(itertools.islice(digests, 5 * BATCH))):
+        digests = self._files.contents()
+        while some := list(itertools.islice(digests, 5 * BATCH)):
             sql = f"SELECT digest FROM blobs WHERE digest IN ({', '.join('?' * len(some))})"
-            unknown = set(some).difference(digest for (digest,) in self._store.query(sql, *some))
-            self._each((digest for digest in unknown if self._abandoned(digest) is not None), remove)
-            self._advance(len(some))
+            unknown = set(some).difference(digest for (digest,) in self.store.query(sql, *some))
+            self._each([(each,) for each in unknown if self._abandoned(each) is not None], remove)
 
     def _abandoned(self, digest: str) -> int | None:
         """The size of a file that nobody is about to give a row: renamed into place, it would be young."""
         path = self._files.path(digest)
-        try:
+        with contextlib.suppress(OSError):
             status = os.lstat(path)
-            changed = max(status.st_mtime, status.st_ctime)
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            if changed > time.time() + CLOCK_SLACK and self._files is self._store.files:
+            is_file, changed = stat.S_ISREG(status.st_mode), max(status.st_mtime, status.st_ctime)
+            if is_file and changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
                 os.utime(path)  # the clock was ahead: as old as if that were now
-        except OSError:
-            return None
-        return status.st_size if changed < self._leased_before else None
+            return status.st_size if is_file and changed < self._leased_before else None
+        return None
 
 
 class Finding(NamedTuple):
@@ -1947,43 +1834,33 @@ class Finding(NamedTuple):
     repaired: bool = False
 
 
+@dataclasses.dataclass
 class Verifier:
-    """Compares what is on disk with what the database says, beside whoever else uses the store."""
+    """Compares files and rows, beside whoever else uses the store; not by views, which may be wrong too."""
+
+    store: Store
+    progress: Callable[[int, int], object]  # called after each file with how many bytes are done, of how many
 
     # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
     # first kind would have the file of a blob removed that repositories serve.
     _STRAY_ROWS = (
-        ("pending_deletes", "digest IN (SELECT digest FROM blobs)"),
-        (
-            "repository_blobs",
-            "repository_id NOT IN (SELECT id FROM repositories) OR digest NOT IN (SELECT digest FROM blobs)",
-        ),
-        ("manifests", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)"),
-        (
-            "manifest_references",
-            "(repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
-        ),
-        ("referrers", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
-        ("tags", "(repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)"),
-        ("blobs", "digest NOT IN (SELECT digest FROM repository_blobs)"),
-        ("repositories", "id NOT IN (SELECT repository_id FROM repository_blobs)"),
+        "pending_deletes WHERE digest IN (SELECT digest FROM blobs)",
+        "repository_blobs WHERE repository_id NOT IN (SELECT id FROM repositories)",
+        "repository_blobs WHERE digest NOT IN (SELECT digest FROM blobs)",
+        "manifests WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)",
+        "manifest_references"
+        " WHERE (repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "referrers WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "tags WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
+        "blobs WHERE digest NOT IN (SELECT digest FROM repository_blobs)",
+        "repositories WHERE id NOT IN (SELECT repository_id FROM repository_blobs)",
     )
-
-    def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
-        """advance is called with the number of bytes of each file that was dealt with."""
-        self._store = store
-        self._advance = advance
-
-    def total(self) -> int:
-        """How many bytes there are to verify."""
-        return int(self._store.query("SELECT coalesce(sum(size), 0) FROM blobs")[0][0])
 
     def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
         """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
 
-        repair: move damaged and stray files aside, and drop the rows of damaged and missing files, so that
-        clients push them again. What is whole and served stays. Raises StartupError when the database is
-        too damaged for that, or, without force, when most files are missing.
+        repair: move damaged and stray files aside, and drop rows without a sound file: clients push it again.
+        Raises StartupError if the database is too damaged for that or, without force, most files are missing.
         """
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
@@ -1991,128 +1868,105 @@ class Verifier:
             self._require_files()
         yield from self._check_schema(repair)
         yield from self._check_rows(repair)
+        done, ((total,),) = 0, self.store.query("SELECT coalesce(sum(size), 0) FROM blobs")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows in self._pages():
-                for (digest, size), damage in zip(rows, pool.map(self._examine, rows)):
+            for page in self.store.pages("digest, size", "blobs WHERE 1", after=("",)):
+                for (digest, size), (damage, state) in zip(page, pool.map(self._examine, page)):
                     if damage:
-                        yield from self._confirm(digest, repair)
-                    self._advance(size)
-        for digest in self._store.files.contents():
-            if not self._store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
-                yield from self._confirm(digest, repair)
-        for name, manifest, child in self._store.query(
-            "SELECT r.name, c.manifest, c.child FROM manifest_references c"
-            " JOIN repositories r ON r.id = c.repository_id WHERE c.required AND NOT EXISTS ("
-            "  SELECT 1 FROM repository_blobs l"
-            "  WHERE l.repository_id = c.repository_id AND l.digest = c.child)"
-        ):
+                        yield from self._confirm(digest, damage, state, repair)
+                    done += size
+                    self.progress(done, total)
+        for digest in self.store.files.contents():
+            if not self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest):
+                yield from self._confirm(digest, "unreferenced", None, repair)
+        sql = "SELECT name, manifest, child FROM manifest_references JOIN repositories ON id = repository_id"
+        absent = "(repository_id, child) NOT IN (SELECT repository_id, digest FROM repository_blobs)"
+        for name, manifest, child in self.store.query(f"{sql} WHERE required AND {absent}"):
             yield Finding("dangling", f"{name}@{manifest} needs {child}")
 
     def _require_files(self) -> None:
         """Refuse to give up most of the files: it is rather their volume that is not mounted."""
-        missing = total = 0
-        for rows in self._pages():
-            total += len(rows)
-            missing += sum(not os.path.lexists(self._store.files.path(digest)) for digest, _ in rows)
-        if missing * 2 > total:
-            place = f"{self._store.files.root}/blobs"
-            raise StartupError(
-                f"{missing} of {total} files are missing; see whether {place} is mounted, or add --force"
-            )
-
-    def _pages(self) -> Iterator[list[Any]]:
-        sql, last = "SELECT digest, size FROM blobs WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self._store.query(sql, last, BATCH):
-            yield rows
-            last = rows[-1][0]
+        files, pages = self.store.files, self.store.pages("digest", "blobs WHERE 1", after=("",))
+        found = [os.path.lexists(files.path(digest)) for page in pages for (digest,) in page]
+        if (missing := found.count(False)) * 2 > len(found):
+            hint = f"see whether {files.root}/blobs is mounted, or add --force"
+            raise StartupError(f"{missing} of {len(found)} files are missing; {hint}")
 
     def _check_schema(self, repair: bool) -> Iterator[Finding]:
-        """Compare tables, indexes and triggers with schema.sql. What holds no data can be made again."""
-        broken = [result for (result,) in self._store.query("PRAGMA integrity_check") if result != "ok"]
-        yield from (Finding("database", result) for result in broken)
+        """Compare the schema with schema.sql. What holds no data can be made again."""
+        broken = [result for (result,) in self.store.query("PRAGMA integrity_check") if result != "ok"]
         sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
-        actual = {name: _tokens(text) for name, _, text in self._store.query(sql)}
+        actual = {name: _tokens(text) for name, _, text in self.store.query(sql)}
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             model.executescript(read_schema()[1])
             differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
-        broken += [name for name, kind, _ in differing if kind == "table" and name not in actual]
+        yield from (Finding("database", each) for each in broken)
+        if repair and (broken or any(kind == "table" for _, kind, _ in differing)):
+            raise StartupError("the database is damaged; restore registry.db from a backup, then repair")
         for name, kind, text in differing:
-            repaired = repair and kind != "table" and not broken
-            if repaired:
-                with self._store.transaction(frees=True) as db:
-                    db.execute(f"DROP {kind} IF EXISTS {name}")
-                    db.execute(text)
-            yield Finding("database", f"{kind} {name} is not that of schema.sql", repaired)
-        if broken and repair:
-            raise StartupError(
-                "the database itself is damaged; restore registry.db from a backup, then repair"
-            )
+            self._repair(repair, f"DROP {kind} IF EXISTS {name}", text)
+            yield Finding("database", f"{kind} {name} is not that of schema.sql", repair)
 
     def _check_rows(self, repair: bool) -> Iterator[Finding]:
         """A manifest's needs are counted as well: what none needs is garbage."""
-        for table, condition in self._STRAY_ROWS:
-            ((count,),) = self._store.query(f"SELECT count(*) FROM {table} WHERE {condition}")
-            if count and repair:
-                with self._store.transaction(frees=True) as db:
-                    db.execute(f"DELETE FROM {table} WHERE {condition}")
+        for stray in self._STRAY_ROWS:
+            ((count,),) = self.store.query(f"SELECT count(*) FROM {stray}")
             if count:
-                yield Finding("database", f"{count} rows of {table} with {condition}", repair)
-        needed = (
-            "(SELECT count(*) FROM manifest_references c"
-            " WHERE c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest)"
-        )
-        wrong = self._store.query(
-            f"SELECT r.name, digest, needed_by, {needed} FROM repository_blobs"
-            f" JOIN repositories r ON r.id = repository_id WHERE needed_by <> {needed}"
-        )
-        if wrong and repair:
-            with self._store.transaction(frees=True) as db:
-                db.execute(f"UPDATE repository_blobs SET needed_by = {needed} WHERE needed_by <> {needed}")
-        for name, digest, count, actual in wrong:
-            yield Finding("database", f"{name}@{digest} is needed by {actual} manifests, not {count}", repair)
+                self._repair(repair, f"DELETE FROM {stray}")
+                yield Finding("database", f"{count} rows of {stray}", repair)
+        same = "c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest"
+        actual = f"(SELECT count(*) FROM manifest_references c WHERE {same})"
+        joined = "repository_blobs JOIN repositories ON id = repository_id"
+        differs = f"needed_by <> {actual}"
+        wrong = self.store.query(f"SELECT name, digest, needed_by, {actual} FROM {joined} WHERE {differs}")
+        mend = f"UPDATE repository_blobs SET needed_by = {actual} WHERE {differs}"
+        self._repair(repair and bool(wrong), mend)
+        for name, digest, count, needs in wrong:
+            yield Finding("database", f"{name}@{digest} is needed by {needs} manifests, not {count}", repair)
 
-    def _examine(self, row: tuple[str, int]) -> str:
-        """What is wrong with a content: a kind of finding, or nothing. Hashing lets other threads run."""
+    def _repair(self, repair: bool, *statements: str) -> None:
+        if repair:
+            with self.store.transaction(frees=True) as db:
+                for sql in statements:
+                    db.execute(sql)
+
+    def _examine(self, row: tuple[str, int]) -> tuple[str, object]:
+        """What is wrong with a content, or "", and the state of its file. Hashing lets other threads run."""
         digest, size = row
-        path = self._store.files.path(digest)
+        path = self.store.files.path(digest)
+        state = file_state(path)
         try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                return "corrupt"
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > size:
+                return "corrupt", state
+            if status.st_size < size:
+                return "truncated", state
             with open(path, "rb", buffering=0, opener=no_follow) as file:
-                actual = os.fstat(file.fileno()).st_size
-                if actual != size:
-                    return "truncated" if actual < size else "corrupt"
                 running = hashlib.new(algorithm_of(digest))
                 buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
                 while count := file.readinto(buffer):
                     running.update(buffer[:count])
         except FileNotFoundError:
-            return "missing"
+            return "missing", state
         except OSError as error:  # reading does not say which file
             raise OSError(error.errno, error.strerror, path) from error
-        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt"
+        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt", state
 
-    def _confirm(self, digest: str, repair: bool) -> Iterator[Finding]:
-        """Look again, and see that it is still so while nobody pushes or deletes, who need not wait for more.
-
-        On a read-only medium nobody can anyway.
-        """
-        files, sql = self._store.files, "SELECT digest, size FROM blobs WHERE digest = ?"
+    def _confirm(self, digest: str, damage: str, state: object, repair: bool) -> Iterator[Finding]:
+        """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
+        files = self.store.files
         path = files.path(digest)
-        state = file_state(path)
-        damage = "".join(map(self._examine, self._store.query(sql, digest)))
-        with self._store.transaction(frees=True) as db:
-            row = self._store.query(sql, digest)
-            if not row or file_state(path) != state:  # pushed or deleted meanwhile
-                damage = ""
-            if not row and os.path.lexists(path) and not files.is_being_placed(digest):
-                pending = self._store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
-                damage = "" if pending else "unreferenced"
-            if damage and repair:
+        with self.store.transaction(frees=True) as db:
+            known = self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
+            if damage == "unreferenced":
+                pending = known or self.store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
+                is_so = not pending and os.path.lexists(path) and not files.is_being_placed(digest)
+            else:
+                is_so = bool(known) and file_state(path) == state
+            if is_so and repair:
                 files.quarantine(digest)
-                if row:
-                    self._store.drop_content(db, digest)
-        if damage:
+                self.store.drop_content(db, digest)
+        if is_so:
             yield Finding(damage, digest, repair)
 
 
@@ -3233,24 +3087,18 @@ def error_reply(error: Exception, request: Request | None = None) -> Reply:
 
 # === Server ===========================================================================================
 
-CLIENT_GONE = 499  # only ever in the log: there was nobody left to tell
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-@functools.lru_cache(maxsize=2)
-def common_headers(second: int) -> str:
-    """The header lines of every reply. What was pushed is not to run anything in a browser."""
-    return (
-        f"Date: {formatdate(second, usegmt=True)}\r\n"
-        "Docker-Distribution-API-Version: registry/2.0\r\n"
-        "X-Content-Type-Options: nosniff\r\n"
-        "Content-Security-Policy: default-src 'none'; sandbox"
-    )
+format_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))  # once a second
 
 
 def encode_head(reply: Reply, *, keep: bool) -> bytes:
     """A reply's status line and headers, with those that every reply has; keep: the connection stays open."""
-    lines = [f"HTTP/1.1 {reply.status} {REASONS[reply.status]}", common_headers(int(time.time()))]
+    lines = [
+        f"HTTP/1.1 {reply.status} {http.client.responses[reply.status]}\r\n"
+        f"Date: {format_date(int(time.time()))}\r\n"
+        "Docker-Distribution-API-Version: registry/2.0\r\n"
+        "X-Content-Type-Options: nosniff\r\n"  # what was pushed is not to run anything in a browser
+        "Content-Security-Policy: default-src 'none'; sandbox"
+    ]
     if reply.status not in (204, 304):
         lines.append(f"Content-Length: {reply.length}")
     lines += [f"{name}: {value}" for name, value in reply.headers]
@@ -3261,26 +3109,20 @@ def encode_head(reply: Reply, *, keep: bool) -> bytes:
 class Connection(socketserver.BaseRequestHandler):
     """One client's connection: requests and replies in turn until either is done."""
 
-    server: Server
-
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
-        """Take the socket over. Unlike its base class, that does not serve it yet: see run."""
+        """Take the socket over. Unlike its base class, that does not handle it yet: a thread does."""
         self.client_address = client_address
-        self.server = server
+        self.server: Server = server
         self.idle = True  # between requests, or after the last
         self.reader = SocketReader(request)
 
-    def run(self) -> None:
-        """Serve it to its end; called in a thread of the server's."""
-        try:
+    def handle(self) -> None:
+        """Serve it to its end."""
+        with contextlib.closing(self.reader), contextlib.suppress(ClientGone):
             if self.server.tls is not None:
                 self.reader.begin_tls(self.server.tls.get())
-            while data := self.reader.read_head():
+            while not self.server.stopping and (data := self.reader.read_head()):
                 self._serve(data)
-        except ClientGone:
-            pass
-        finally:
-            self.reader.close()
 
     def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
@@ -3292,17 +3134,26 @@ class Connection(socketserver.BaseRequestHandler):
         reader, started = self.reader, time.perf_counter()
         self.idle, reader.evictable_at = False, math.inf
         request = Request(self.server.context, reader, self.client_address[0])
-        reply = Reply(CLIENT_GONE)
+        reply = Reply(499)  # only ever in the log: there was nobody left to tell
         try:
-            reply = self._answer(request, data)
-            keep = request.persistent and not self.server.stopping and request.body.drainable
-            if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
-                reader.evictable_at = reader.served_at + EVICTION_DELAY
-            self._send(reply, bodiless=request.method == "HEAD", keep=keep)
+            try:
+                request.parse(data)
+                reply = dispatch(request)
+            except ClientGone:
+                raise
+            except Exception as error:  # whatever it is, the client gets an answer
+                reply = error_reply(error, request)
+            keep = self._send(request, reply)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
-            self._log(request, reply, started)
+            if self.server.log:
+                target = re.sub("//[^/?]*@", "//", request.target)[:500]  # a URL may hold a password
+                agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # one field, as it is quoted
+                self.server.log(
+                    f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address} {request.method} {target}"
+                    f" {reply.status} {reply.length} {(time.perf_counter() - started) * 1000:.1f}ms {agent}"
+                )
         if not keep or not request.body.done:
             reader.evictable_at = reader.served_at + EVICTION_DELAY
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
@@ -3313,79 +3164,36 @@ class Connection(socketserver.BaseRequestHandler):
         elif reply.status < 400:
             reader.served_at = time.monotonic()
         self.idle, reader.evictable_at = True, reader.served_at
-        if self.server.stopping:
-            raise ClientGone
 
-    def _answer(self, request: Request, data: bytes) -> Reply:
-        try:
-            request.parse(data)
-            return dispatch(request)
-        except ClientGone:
-            raise
-        except Exception as error:  # whatever it is, the client gets an answer
-            return error_reply(error, request)
-
-    def _send(self, reply: Reply, *, bodiless: bool, keep: bool) -> None:
-        """Send a reply, in one write when its body is small."""
-        head = encode_head(reply, keep=keep)
-        if bodiless:
-            self.reader.send(head)
-        elif isinstance(reply.body, bytes):
-            self.reader.send(head + reply.body)
+    def _send(self, request: Request, reply: Reply) -> bool:
+        """Send a reply, in one write when its body is small; returns whether another request may follow."""
+        if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
+            self.reader.evictable_at = self.reader.served_at + EVICTION_DELAY
+        keep = request.persistent and not self.server.stopping and request.body.drainable
+        head, body = encode_head(reply, keep=keep), b"" if request.method == "HEAD" else reply.body
+        if isinstance(body, bytes):
+            self.reader.send(head + body)
         else:
             self.reader.send(head, more=True)
-            self.reader.send_file(reply.body)
-
-    def _log(self, request: Request, reply: Reply, started: float) -> None:
-        if self.server.log is None:
-            return
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        milliseconds = (time.perf_counter() - started) * 1000
-        agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # quoted, so that it stays one field
-        target = CREDENTIALS.sub("//", request.target)[:500]
-        self.server.log(
-            f"{moment} {request.address} {request.method} {target} {reply.status} {reply.length}"
-            f" {milliseconds:.1f}ms {agent}"
-        )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, IPv4 or IPv6 as the host demands. Raises OSError, OverflowError."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.create_server((str(address[0]), int(address[1])), family=family, backlog=LISTEN_BACKLOG)
-    listener.setblocking(False)  # another worker may be quicker to accept what woke this one
-    return listener
+            self.reader.send_file(body)
+        return keep
 
 
 class Server(ThreadingHTTPServer):
     """Accepts connections, each served by a Connection in a thread, until it is told to stop.
 
-    Of what socketserver calls, these are overridden: get_request, verify_request, process_request,
-    handle_error, server_close.
+    Overridden of what socketserver calls: get_request, verify_request, process_request, handle_error.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        context: Context,
-        *,
-        tls: WatchedFiles | None = None,
-        max_connections: int = MAX_CONNECTIONS,
-        parent_alive: socket.socket | None = None,
-        log: Callable[[str], None] | None = None,
-    ) -> None:
-        """Takes over what listen gave.
+    tls: WatchedFiles | None = None
+    max_connections = MAX_CONNECTIONS
+    log: Callable[[str], None] | None = None  # takes one access-log line for each request
 
-        parent_alive: when its other end is closed, stop. log takes one access-log line for each request.
-        """
-        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.server_address = listener, listener.getsockname()
+    def __init__(self, listener: socket.socket, context: Context) -> None:
+        """Takes the listener over."""
+        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
+        self.socket = listener
         self.context = context
-        self.tls = tls
-        self.log = log
-        self._max_connections = max_connections
-        self._parent_alive = parent_alive
         self.stopping = False
         self.connections: set[Connection] = set()
         self._closed = threading.Condition()  # notified when a connection has ended
@@ -3399,39 +3207,30 @@ class Server(ThreadingHTTPServer):
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wakee, selectors.EVENT_READ)
-            if self._parent_alive:
-                selector.register(self._parent_alive, selectors.EVENT_READ)
             while not self.stopping:
-                ready = [key.fileobj for key, _ in selector.select()]
-                self.stopping = self.stopping or self._parent_alive in ready
+                selector.select()
                 self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept one connection. Short of descriptors, waits a moment instead of spinning."""
         try:
             connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise
         except (OSError, MemoryError) as error:
-            time.sleep(0.05)
+            if not isinstance(error, BlockingIOError):  # that another worker was quicker
+                time.sleep(0.05)
             raise OSError from error
         connection.setblocking(True)
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-
-        def has_room() -> bool:
-            return len(self.connections) < self._max_connections
-
-        if has_room():
-            return True
-        now = time.monotonic()
-        idle = [other for other in list(self.connections) if other.reader.evictable_at <= now]
-        if idle:
-            min(idle, key=lambda other: other.reader.evictable_at).hang_up()
-            with self._closed:
-                if self._closed.wait_for(has_room, EVICTION_TIMEOUT):
+        with self._closed:
+            if len(self.connections) < self.max_connections:
+                return True
+            longest = min(self.connections, key=lambda other: other.reader.evictable_at)
+            if longest.reader.evictable_at <= time.monotonic():
+                longest.hang_up()
+                if self._closed.wait(EVICTION_TIMEOUT):
                     return True
         if self.tls is None:  # in the middle of a handshake, this would be noise
             with contextlib.suppress(OSError):
@@ -3442,24 +3241,19 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve a connection: one that has served another, since starting one takes longer."""
         connection = Connection(request, client_address, self)
-        with self._closed:
-            self.connections.add(connection)  # before it runs, so that finish_requests misses none
-            idle = self._idle_threads > 0
-            self._idle_threads -= idle
-        if idle:
-            self._handed_over.put(connection)
-            return
-        try:
-            threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
-        except BaseException:  # there are no more threads
-            self.connections.discard(connection)
-            raise
+        with self._closed:  # or it could be served to its end before it counts
+            if self._idle_threads:
+                self._idle_threads -= 1
+                self._handed_over.put(connection)
+            else:
+                threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
+            self.connections.add(connection)
 
     def _serve_connections(self, connection: Connection | None) -> None:
         """Serve one connection after another; unless enough threads wait for the next one already."""
         while connection:
             try:
-                connection.run()
+                connection.handle()
             except Exception:
                 self.handle_error(None, connection.client_address)
             with self._closed:
@@ -3482,19 +3276,15 @@ class Server(ThreadingHTTPServer):
 
     def finish_requests(self, deadline: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
-        while self.connections and time.monotonic() < deadline:
-            for connection in list(self.connections):
-                if connection.idle:  # TLS has something to say yet
-                    connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
-            self._wait_until_closed(0.05)
-        for connection in list(self.connections):
-            connection.hang_up()
-        self._wait_until_closed(1.0)
-
-    def _wait_until_closed(self, timeout: float) -> None:
-        """Wait until all connections have ended, or for so many seconds."""
         with self._closed:
-            self._closed.wait_for(lambda: not self.connections, timeout)
+            while self.connections and time.monotonic() < deadline:
+                for connection in self.connections:
+                    if connection.idle:  # TLS has something to say yet
+                        connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
+                self._closed.wait_for(lambda: not self.connections, 0.05)
+            for connection in self.connections:
+                connection.hang_up()
+            self._closed.wait_for(lambda: not self.connections, 1.0)
 
     def server_close(self) -> None:
         """Free the port, and let the threads end that wait for another connection."""
@@ -3502,12 +3292,6 @@ class Server(ThreadingHTTPServer):
             end.close()
         for _ in range(self._idle_threads):
             self._handed_over.put(None)
-
-    def close_copies(self) -> None:
-        """In a process just forked: close its copies of the sockets, which stay open in the parent."""
-        for connection in self.connections:
-            connection.reader.socket.close()
-        self.server_close()
 
 
 # === Embedding ========================================================================================
@@ -3574,9 +3358,12 @@ class Registry:
         """A socket that listens where this registry is to. Raises StartupError."""
         failure = f"cannot listen on {self.host} port {self.port}"
         with explain_failure(failure, "choose another --host or --port"):
-            return listen(self.host, self.port)
+            family, _, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(address[:2], family=family, backlog=1024)
+            listener.setblocking(False)  # another worker may be quicker to accept what woke this one
+            return listener
 
-    def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
+    def open(self, listener: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
         if self in _running:
             raise RuntimeError("this registry is running already")
@@ -3594,7 +3381,7 @@ class Registry:
             resources.callback(self.store.close)
             listener = listener or self.bind()
             resources.callback(listener.close)
-            self.server = self._make_server(listener, parent_alive)
+            self.server = self._make_server(listener)
             resources.callback(self.server.server_close)
             resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
@@ -3616,7 +3403,7 @@ class Registry:
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
-    def _make_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+    def _make_server(self, listener: socket.socket) -> Server:
         limit, (files, _) = self.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)
         if files != resource.RLIM_INFINITY:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
@@ -3626,10 +3413,9 @@ class Registry:
         tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
         with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
             proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
-        context = Context(self.store, access, self.public_url, tls is not None, proxies)
-        return Server(
-            listener, context, tls=tls, max_connections=limit, parent_alive=parent_alive, log=self.log
-        )
+        server = Server(listener, Context(self.store, access, self.public_url, tls is not None, proxies))
+        server.tls, server.max_connections, server.log = tls, limit, self.log
+        return server
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
         """Have a thread do what comes round, each job at its interval, until the resources are freed."""
@@ -3696,7 +3482,9 @@ def _leave_to_parent() -> None:
     """
     for registry in _running:
         _inherited.add(os.path.realpath(registry.store.files.root))
-        registry.server.close_copies()
+        for connection in registry.server.connections:
+            connection.reader.socket.close()
+        registry.server.server_close()
         registry._resources = contextlib.ExitStack()
     _running.clear()
 
@@ -3711,12 +3499,9 @@ def open_standard_streams() -> None:
 
     Else the next file to be opened gets such a number, and what anything prints is written into it.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it gets the lowest number that is free
 
 
 def print_line(line: str) -> None:
@@ -3727,144 +3512,6 @@ def print_line(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is closed when this process ends
 
 
-def command_serve(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    raise_descriptor_limit()
-    names = {field.name for field in dataclasses.fields(Registry)} & set(vars(options))
-    registry = Registry(
-        **{name: getattr(options, name) for name in names},
-        sync=not options.no_sync,
-        limits=Limits(options.max_blob_size, options.min_free),
-        policy=policy_of(options),
-        log=None if options.quiet else write_log,
-    )
-    if options.workers > 1:
-        Workers(registry, options.workers).run(functools.partial(announce, options, registry))
-        return
-    registry.open()
-    stop_on_signals(registry.server, signal.SIGTERM, signal.SIGINT)
-    announce(options, registry)
-    serve_until_stopped(registry)
-
-
-def stop_on_signals(server: Server, *signals: signal.Signals) -> None:
-    """Let the first of these signals end the server in good order, and a second one at once.
-
-    Whichever thread the system gives a signal to, the wake-up descriptor has the main one notice.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        if server.stopping:
-            os._exit(128 + number)
-        server.stop_accepting()
-
-    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    for number in signals:
-        signal.signal(number, stop)
-
-
-def serve_until_stopped(registry: Registry) -> None:
-    """Serve in this thread, and close what was opened when it is over."""
-    registry.server.serve_forever()
-    signal.set_wakeup_fd(-1)
-    registry.close(STOP_TIMEOUT)
-
-
-def announce(options: argparse.Namespace, registry: Registry) -> None:
-    """Say that connections are accepted now, and what somebody on the network could do with them."""
-    print_line(f"Serving {options.data} at {registry.url}")
-    for warning in exposure_warnings(options):
-        write_log(f"registry.py: warning: {warning}")
-
-
-class Workers:
-    """Processes that share one port and one data directory; one that dies is replaced.
-
-    This process only watches over them. The first worker does the housekeeping for all.
-    """
-
-    def __init__(self, registry: Registry, count: int) -> None:
-        """Raises StartupError where processes cannot be forked."""
-        if not hasattr(os, "fork"):
-            raise StartupError("this system cannot fork; leave --workers out")
-        self._signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
-        self._registry = registry
-        self._count = count
-        self._numbers: dict[int, int] = {}  # each process's number
-        self._stopping = False
-
-    def run(self, announce: Callable[[], None]) -> None:
-        """Serve until SIGTERM or Ctrl-C. Raises StartupError."""
-        self._listener = self._registry.bind()
-        self._parent_alive, self._end = socket.socketpair()
-        self._registry.open(self._listener.dup())  # what is wrong is better said once, and before
-        announce()
-        self._registry.close()
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        for number in range(self._count):
-            self._start(number)
-        self._replace_dead()  # whoever ended before the signal was waited for
-        while self._numbers:
-            arrived = signal.sigwait(self._signals)
-            if arrived == signal.SIGCHLD:
-                self._replace_dead()
-            else:
-                self._stop(arrived)
-
-    def _replace_dead(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while (process := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                number = self._numbers.pop(process, None)  # none of ours: whoever is process 1 inherits some
-                if number is not None and not self._stopping:
-                    time.sleep(RESTART_DELAY)
-                    self._start(number)
-
-    def _start(self, number: int) -> None:
-        process = os.fork()
-        if not process:
-            self._work(number)
-        self._numbers[process] = number
-
-    def _work(self, number: int) -> NoReturn:
-        """What a worker does: it stops when it is told to, or when the process that watches it is gone."""
-        status = 1
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
-            self._end.close()
-            self._registry.gc_interval = 0 if number else self._registry.gc_interval
-            self._registry.open(self._listener, self._parent_alive)
-            stop_on_signals(self._registry.server, signal.SIGTERM)
-            serve_until_stopped(self._registry)
-            status = 0
-        except BaseException:
-            write_log(traceback.format_exc(), end="")
-        finally:
-            os._exit(status)
-
-    def _stop(self, number: int) -> None:
-        """The first signal ends the workers in good order, a second one at once."""
-        for process in self._numbers:
-            os.kill(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
-        if self._stopping:
-            os._exit(128 + number)
-        self._stopping = True
-
-
-def exposure_warnings(options: argparse.Namespace) -> list[str]:
-    """What somebody on the network could do to a registry that listens beyond this machine."""
-    if options.host in ("localhost", "::1") or options.host.startswith("127."):
-        return []
-    warnings = []
-    if not (options.users or options.read_only):
-        warnings.append("anybody who reaches this port can push, overwrite and delete images; see --users")
-    if not options.tls_cert:
-        warnings.append("passwords and images can be read and changed on their way; see --tls-cert")
-    return warnings
-
-
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system will: each connection takes one, and often a file with it."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3873,74 +3520,147 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
-class Progress:
-    """How far a long job has come: a line on standard error, written over and over if that is a terminal."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self.total, self._unit = total, unit
-        self._done, self._started, self._shown = 0, time.monotonic(), 0.0
-        self._lock = threading.Lock()
-        self._visible = sys.stderr.isatty()
-
-    def advance(self, amount: int) -> None:
-        """So much more is done."""
-        with self._lock:
-            self._done += amount
-            now = time.monotonic()
-            if not self._visible or now - self._shown <= 0.1:
-                return
-            self._shown = now
-            part = min(self._done / self.total, 1.0) if self.total else 1.0
-            rate = format_count(int(self._done / max(now - self._started, 1e-3)), self._unit)
-            bar, done = ("#" * int(part * 30)).ljust(30, "."), format_count(self._done, self._unit)
-            write_log(f"\r[{bar}] {part:4.0%}  {done}  {rate}/s \x1b[K", end="")
-
-    def finish(self) -> None:
-        """Make room for other output."""
-        if self._visible:
-            write_log("\r\x1b[K", end="")
+def pick(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What a command line says of a class's fields; the class has defaults for the others."""
+    return {name: value for name, value in vars(options).items() if name in kind.__annotations__}
 
 
-def format_count(count: int, unit: str) -> str:
-    """A number for people: bytes in binary multiples, other things as they are."""
-    if unit != "B":
-        return f"{count} {unit}"
-    value, prefixes = float(count), iter(("", "Ki", "Mi", "Gi", "Ti", "Pi"))
-    prefix = next(prefixes)
-    while value >= 1024 and prefix != "Pi":
-        value, prefix = value / 1024, next(prefixes)
-    return f"{value:.{1 if prefix else 0}f} {prefix}B"
+def policy_of(options: argparse.Namespace) -> Policy:
+    """The garbage collection that a command line asks for."""
+    return Policy(**pick(options, Policy))
+
+
+def announce(registry: Registry) -> None:
+    """Say that connections are accepted now, and what somebody on the network could do with them."""
+    print_line(f"Serving {registry.data} at {registry.url}")
+    if registry.host in ("localhost", "::1") or registry.host.startswith("127."):
+        return
+    warning = "registry.py: warning: "
+    if not (registry.users or registry.read_only):
+        write_log(
+            f"{warning}anybody who reaches this port can push, overwrite and delete images; see --users"
+        )
+    if not registry.tls_cert:
+        write_log(f"{warning}passwords and images can be read and changed on their way; see --tls-cert")
+
+
+def command_serve(options: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C. The first lets requests in flight finish, a second one ends at once."""
+    raise_descriptor_limit()
+    registry = Registry(
+        sync="no_sync" not in options,
+        limits=Limits(**pick(options, Limits)),
+        policy=policy_of(options),
+        log=None if "quiet" in options else write_log,
+        **pick(options, Registry),
+    )
+    listener = None
+    if options.workers > 1:
+        listener = registry.bind()
+        registry.open(listener.dup())  # what is wrong is better said once, and before
+        registry.close()
+        if fork_workers(registry, options.workers) > 0:
+            registry.gc_interval = 0  # the first collects garbage for all
+
+    def stop(number: int, frame: object) -> None:
+        if registry.server.stopping and listener is None:  # a worker may be told by its parent and others too
+            os._exit(128 + number)
+        registry.server.stop_accepting()
+
+    registry.open(listener)
+    signal.set_wakeup_fd(
+        registry.server.waker.fileno(), warn_on_full_buffer=False
+    )  # whichever thread gets it
+    signal.signal(signal.SIGTERM, stop)
+    if listener is None:
+        signal.signal(signal.SIGINT, stop)
+        announce(registry)
+    registry.server.serve_forever()
+    signal.set_wakeup_fd(-1)
+    registry.close(STOP_TIMEOUT)
+
+
+def fork_workers(registry: Registry, count: int) -> int:
+    """Return in each of so many new processes, with its number; this one watches over them to the end."""
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    announce(registry)
+    parent_alive, end = os.pipe()
+    workers: dict[int, int] = {}  # each process's number
+
+    def stop_without_parent() -> None:
+        os.read(parent_alive, 1)  # which never comes
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    while True:
+        for number in set(range(count)) - set(workers.values()):
+            process = os.fork()
+            if not process:
+                os.close(end)
+                threading.Thread(target=stop_without_parent, daemon=True).start()
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+                return number
+            workers[process] = number
+        wait_for_end(workers, signals)
+
+
+def wait_for_end(workers: dict[int, int], signals: set[signal.Signals]) -> None:
+    """Forget a worker that has ended. Told to stop, stop them all, and exit; told twice, at once."""
+    before, stopping = len(workers), False
+    os.kill(os.getpid(), signal.SIGCHLD)  # whoever ended before that was waited for has not told
+    while len(workers) == before or stopping:
+        arrived = signal.sigwait(signals)
+        with contextlib.suppress(ChildProcessError):
+            while process := os.waitpid(-1, os.WNOHANG)[0]:
+                workers.pop(process, None)  # none of ours: whoever is process 1 inherits some
+        if arrived != signal.SIGCHLD:
+            for process in workers:
+                os.kill(process, signal.SIGKILL if stopping else signal.SIGTERM)
+            if stopping:
+                os._exit(128 + arrived)
+            stopping = True
+        if stopping and not workers:
+            sys.exit()
+    time.sleep(0.5)  # the next one may end as soon
 
 
 def command_gc(options: argparse.Namespace) -> None:
     """Remove what nothing needs any more, beside a running registry or without one."""
+
+    def report(removal: Removal) -> None:
+        where = f"{removal.repository}@" if removal.repository else ""
+        print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
+
     with contextlib.closing(open_existing_store(options.data)) as store:
-
-        def report(removal: Removal) -> None:
-            progress.finish()
-            where = f"{removal.repository}@" if removal.repository else ""
-            print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
-
         collector = Collector(store, policy_of(options), report)
-        progress = Progress(collector.expected(walk=options.all), "items")
-        collector.run(walk=options.all, dry_run=options.dry_run, advance=progress.advance)
-        progress.finish()
+        collector.run(walk=options.all, dry_run=options.dry_run)
     print_line(f"{'would remove' if options.dry_run else 'removed'} {collector.summary() or 'nothing'}")
 
 
 def command_verify(options: argparse.Namespace) -> int:
     """Compare every file with its digest and every row with its file; exit status 1 if something is wrong."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # what is there of a line that is written over and over
+    found, started, shown = 0, time.monotonic(), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if clear and now - shown > 0.1:
+            part, rate = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3)
+            bar = ("#" * int(part * 30)).ljust(30, ".")
+            write_log(f"{clear}[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
+            shown = now
+
     with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
-        progress, found = Progress(0, "B"), 0
-        verifier = Verifier(store, progress.advance)
-        progress.total = verifier.total()
         try:
-            for finding in verifier.run(repair=options.repair, force=options.force):
-                progress.finish()
+            for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
+                write_log(clear, end="")
                 print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
                 found += 1
         finally:
-            progress.finish()
+            write_log(clear, end="")
         if options.repair:
             store.remove_pending()
     print_line(f"{found} problems found" if found else "no problems found")
@@ -3989,127 +3709,98 @@ def open_existing_store(data: str, *, change: bool = True) -> Store:
     return open_store(data, read_only=not change and is_read_only(data))
 
 
-def policy_of(options: argparse.Namespace) -> Policy:
-    """The garbage collection that a command line asks for."""
-    return Policy(options.grace, options.untagged_after, options.keep_last, options.max_size)
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
+BYTES = {f"{prefix}{unit}": KIB**power for power, prefix in enumerate("KMGT", 1) for unit in ("", "B", "iB")}
 
 
-def parse_duration(text: str, shortest: float = 0.0) -> float:
-    """Seconds, from a number with s, m, h or d behind it."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write one like 30s, 5m, 1h or 7d")
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    if seconds < shortest:
-        raise argparse.ArgumentTypeError(f"{text} is too short for a push; take {shortest:.0f}s or more")
-    return seconds
+def parse_number(
+    text: str, what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = 10**18
+) -> float:
+    """A whole number within bounds, or any with one of the units behind it. what: that, in words."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+(?=[A-Za-z]))?)([A-Za-z]*)", text)
+    number = float(match[1]) * {"": 1, **units}.get(match[2], math.nan) if match else math.nan
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number if units is SECONDS else int(number)
 
 
-def parse_size(text: str) -> int:
-    """Bytes, from a number with K, M, G or T behind it, each 1024 times the one before."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 64M or 50G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+def numeric(what: str, **options: Any) -> dict[str, Any]:
+    return {"type": functools.partial(parse_number, what=what, **options)}
 
 
-def parse_number(text: str, least: int = 0, most: int = 10**9) -> int:
-    """A whole number within bounds."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
-    return int(text)
-
-
-# fmt: off
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """What serving and gc have in common."""
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="data directory (default: ./data)")
-    add("--untagged-after", metavar="AGE", type=parse_duration,
-        help="remove manifests that have been without a tag for so long, such as 7d; else never")
-    add("--keep-last", metavar="N", type=parse_number,
-        help="but keep the newest N untagged images of each repository")
-    add("--grace", metavar="AGE", type=functools.partial(parse_duration, shortest=SHORTEST_GRACE),
-        help="leave alone what a client pushed or asked for so recently (default: 1h)")
-    add("--max-size", metavar="SIZE", type=parse_size,
-        help="remove the least recently pulled images while the store is larger, such as 50G")
-
-
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how to serve, and whom."""
-    add, positive = parser.add_argument, functools.partial(parse_number, least=1)
-    add("--host", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
-    add("--port", metavar="PORT", type=functools.partial(parse_number, most=65535),
-        help="port to listen on, 0 for a free one (default: 5000)")
-    add("--workers", metavar="N", type=positive,
-        help="serve with so many processes, for more than one core's worth (default: 1)")
-    add("--max-connections", metavar="N", type=positive,
-        help=f"serve so many clients at once, for each process (default: {MAX_CONNECTIONS})")
-    add("--read-only", action="store_true", help="serve pulls only; the disk may be read-only")
-    add("--sparse", action="store_true", help="accept manifests whose layers or children are absent")
-    add("--no-sync", action="store_true",
-        help="do not wait for the disk: faster, and a power cut may lose or damage what was pushed")
-    add("--max-blob-size", metavar="SIZE", type=parse_size, help="refuse larger blobs")
-    add("--min-free", metavar="SIZE", type=parse_size,
-        help="refuse pushes that would leave less of the disk free (default: 64M)")
-    add("--gc-interval", metavar="AGE", type=parse_duration,
-        help="collect garbage so often, 0 for never (default: 1h)")
-    add("--users", metavar="FILE", help="let only the users of this htpasswd file in; see the command passwd")
-    add("--grants", metavar="FILE", help="what they may do: lines of who, repositories, actions")
-    add("--anonymous-pull", action="store_true", help="let everybody pull")
-    add("--trusted-proxy", metavar="ADDR", action="append", dest="trusted_proxies",
-        help="believe the X-Forwarded headers of this address or network; may be repeated")
-    add("--public-url", metavar="URL", help="how clients reach this registry, if a proxy does not say")
-    add("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
-    add("--tls-key", metavar="FILE", help="its private key, if that is in another file")
-    add("--quiet", action="store_true", help="no access log on standard error")
+# The commands that have an option, the option, what it takes, and what --help says of it.
+OPTIONS = """
+serve gc verify  --data DIR             data directory (default: ./data)
+serve            --host HOST            address to listen on (default: 127.0.0.1)
+serve            --port PORT            port to listen on, 0 for a free one (default: 5000)
+serve            --workers N            serve with so many processes, for more than one core (default: 1)
+serve            --max-connections N    serve so many clients at once, for each process (default: 1024)
+serve            --read-only            serve pulls only; the disk may be read-only
+serve            --sparse               accept manifests whose layers or children are absent
+serve            --no-sync              do not wait for the disk: a power cut may lose what was pushed
+serve            --max-blob-size SIZE   refuse larger blobs
+serve            --min-free SIZE        refuse pushes that would leave less of the disk free (default: 64M)
+serve            --users FILE           let only the users of this htpasswd file in; see the command passwd
+serve            --grants FILE          what they may do: lines of who, repositories, actions
+serve            --anonymous-pull       let everybody pull
+serve            --trusted-proxy ADDR   believe the X-Forwarded headers of this address or network; repeatable
+serve            --public-url URL       how clients reach this registry, if a proxy does not say
+serve            --tls-cert FILE        serve HTTPS with this certificate chain (PEM)
+serve            --tls-key FILE         its private key, if that is in another file
+serve            --quiet                no access log on standard error
+serve            --gc-interval AGE      collect garbage so often, 0 for never (default: 1h)
+serve gc         --untagged-after AGE   remove manifests without a tag for so long, such as 7d; else never
+serve gc         --keep-last COUNT      but keep so many untagged images of each repository, the newest
+serve gc         --grace GRACE          leave alone what was pushed or asked for so recently (default: 1h)
+serve gc         --max-size SIZE        remove the images least recently pulled while the store is larger
+gc               --dry-run              only say what would be removed, from a copy in a temporary directory
+gc               --all                  also look for what a crash left under blobs/, as the daemon does daily
+verify           --repair               move damaged files aside so that clients push them again
+verify           --force                repair even when most files are missing
+passwd           name NAME              the user
+passwd           --users HTPASSWD       the htpasswd file, made if missing
+passwd           --delete               remove the user instead
+"""
+# What argparse is to know of those that take something else than a text.
+KINDS: dict[str, dict[str, Any]] = {
+    "PORT": numeric("a port number", most=65535),
+    "N": numeric("a whole number, 1 or more", least=1),
+    "COUNT": numeric("a whole number"),
+    "SIZE": numeric("a size like 64M or 50G", units=BYTES),
+    "AGE": numeric("a duration like 30s, 5m, 1h or 7d", units=SECONDS),
+    "GRACE": numeric("a duration of 10s or more", units=SECONDS, least=SHORTEST_GRACE),
+    "ADDR": {"action": "append", "dest": "trusted_proxies"},
+    "HTPASSWD": {"required": True},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: serving, and the other commands as subcommands beside it.
 
-    Only what is given becomes an attribute, so that what stands before a command holds for it too; the
-    defaults are set once, at the end.
+    Only what is given becomes an attribute, so that what stands before a command holds for it too.
     """
     common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(
-        prog="registry.py", description="A container registry. Without a command, it serves.", **common
-    )
+    text = "A container registry. Without a command, it serves."
+    parser = argparse.ArgumentParser(prog="registry.py", description=text, **common)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    add_policy_options(parser)
-    add_serve_options(parser)
+    parsers = {"serve": parser}
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def add_command(command: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+    for command, text in (
+        (command_gc, "remove what nothing needs any more"),
+        (command_verify, "check every file and every row"),
+        (command_passwd, "set a user's password"),
+    ):
         name = command.__name__.replace("command_", "")
-        subparser = commands.add_parser(name, help=text, description=text, **common)
-        subparser.set_defaults(command=command)
-        return subparser
-
-    gc = add_command(command_gc, "remove what nothing needs any more")
-    add_policy_options(gc)
-    gc.add_argument("--dry-run", action="store_true",
-        help="only say what would be removed, from a copy of the database in a temporary directory")
-    gc.add_argument("--all", action="store_true",
-        help="also remove files that a crash left under blobs/, as the daemon does daily")
-    verify = add_command(command_verify, "check every file and every row")
-    verify.add_argument("--data", metavar="DIR", help="data directory (default: ./data)")
-    verify.add_argument("--repair", action="store_true",
-        help="move damaged files aside so that clients push them again")
-    verify.add_argument("--force", action="store_true", help="repair even when most files are missing")
-    passwd = add_command(command_passwd, "set a user's password")
-    passwd.add_argument("name", metavar="NAME", help="the user")
-    passwd.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file, made if missing")
-    passwd.add_argument("--delete", action="store_true", help="remove the user instead")
-    parser.set_defaults(
-        command=command_serve, data="./data", host="127.0.0.1", port=5000, workers=1,
-        max_connections=MAX_CONNECTIONS, read_only=False, sparse=False, no_sync=False, max_blob_size=None,
-        min_free="64M", gc_interval="1h", untagged_after=None, keep_last=0, grace="1h", max_size=None,
-        users=None, grants=None, anonymous_pull=False, trusted_proxies=[], public_url=None, tls_cert=None,
-        tls_key=None, quiet=False, dry_run=False, all=False, repair=False, force=False, delete=False,
-    )
+        parsers[name] = commands.add_parser(name, help=text, description=text, **common)
+        parsers[name].set_defaults(command=command)
+    for names, option, metavar, text in re.findall(r"^([a-z ]+?)  +(\S+) ?([A-Z]*)  +(.+)", OPTIONS, re.M):
+        kind = {"metavar": metavar, **KINDS.get(metavar, {})} if metavar else {"action": "store_true"}
+        for name in names.split():
+            parsers[name].add_argument(option, help=text, **kind)
+    flags = dict.fromkeys(("dry_run", "all", "repair", "force", "delete"), False)
+    serving = {"command": command_serve, "port": 5000, "workers": 1, "gc_interval": 3600.0}
+    parser.set_defaults(data="./data", min_free=64 * MIB, **serving, **flags)
     return parser
-# fmt: on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

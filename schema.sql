@@ -162,6 +162,57 @@ CREATE TRIGGER IF NOT EXISTS tag_moved AFTER UPDATE OF digest ON tags WHEN NEW.d
     WHERE repository_id = OLD.repository_id AND digest = OLD.digest;
 END;
 
+-- A link with what its removal would mean: does a manifest of any repository need the blob, does another
+-- repository have it.
+CREATE VIEW IF NOT EXISTS links AS
+    SELECT l.repository_id, l.digest, b.size, l.leased_at, l.needed_by,
+        EXISTS (SELECT 1 FROM repository_blobs WHERE digest = l.digest AND needed_by > 0) AS needed,
+        EXISTS (SELECT 1 FROM repository_blobs
+            WHERE digest = l.digest AND repository_id <> l.repository_id) AS shared
+    FROM repository_blobs l JOIN blobs b ON b.digest = l.digest;
+
+-- What keeps a manifest from being collected: an index that lists it, its subject, or a tag, for ever; and a
+-- lease, since some time.
+CREATE VIEW IF NOT EXISTS keepers AS
+    SELECT m.repository_id, m.digest AS kept, c.manifest AS keeper, 9e999 AS since
+    FROM manifest_references c JOIN manifests m ON m.repository_id = c.repository_id AND m.digest = c.child
+    WHERE c.manifest <> c.child
+    UNION ALL
+    SELECT m.repository_id, m.digest, s.digest, 9e999
+    FROM manifests s JOIN manifests m ON m.repository_id = s.repository_id AND m.subject = s.digest
+    UNION ALL
+    SELECT repository_id, digest, 'a tag', 9e999 FROM tags
+    UNION ALL
+    SELECT repository_id, digest, 'a lease', leased_at FROM repository_blobs;
+
+-- Manifests that no other one keeps. An index with a subject is among them all the same, since what it lists
+-- may be its subject, or what its subject refers to: such a circle goes as one. (CROSS JOIN: from left to
+-- right. There are far fewer manifests than links.)
+CREATE VIEW IF NOT EXISTS topmost_manifests AS
+    SELECT m.repository_id, m.digest, r.name AS repository, m.subject, m.pushed_at, m.pulled_at, l.leased_at,
+        EXISTS (SELECT 1 FROM tags t WHERE t.repository_id = m.repository_id AND t.digest = m.digest) AS tagged
+    FROM manifests m CROSS JOIN repository_blobs l USING (repository_id, digest)
+        CROSS JOIN repositories r ON r.id = m.repository_id
+    WHERE l.needed_by = 1 AND ( -- by itself
+        NOT EXISTS (SELECT 1 FROM manifests s WHERE s.repository_id = m.repository_id AND s.digest = m.subject)
+        OR EXISTS (SELECT 1 FROM manifest_references c
+            JOIN manifests k ON k.repository_id = c.repository_id AND k.digest = c.child
+            WHERE c.repository_id = m.repository_id AND c.manifest = m.digest AND c.child <> c.manifest));
+
+-- The latest time that is noted of each blob that no manifest needs, and of each manifest.
+CREATE VIEW IF NOT EXISTS latest_times AS
+    SELECT repository_id, digest, leased_at AS latest, 0 AS of_manifest
+    FROM repository_blobs WHERE needed_by = 0
+    UNION ALL
+    SELECT m.repository_id, m.digest, max(l.leased_at, m.pushed_at, m.pulled_at), 1
+    FROM manifests m CROSS JOIN repository_blobs l USING (repository_id, digest);
+
+-- How many bytes the blobs have that manifests need: by way of those that none needs, which are fewer.
+CREATE VIEW IF NOT EXISTS needed_size AS
+    SELECT (SELECT coalesce(sum(size), 0) FROM blobs) - (SELECT coalesce(sum(size), 0) FROM blobs b
+        WHERE digest IN (SELECT digest FROM repository_blobs WHERE needed_by = 0)
+        AND NOT EXISTS (SELECT 1 FROM repository_blobs WHERE digest = b.digest AND needed_by > 0)) AS bytes;
+
 PRAGMA user_version = 2;
 
 -- === Upgrading from format 1, after the tables are made

@@ -42,7 +42,7 @@ class Retention(CollectionTestCase):
         asked = mock.patch.object(store, "query", wraps=store.query)
         with mock.patch.object(registry, "CHOICE", 2), asked as query:
             self.collect(untagged_after=HOUR, keep_last=2)
-        self.assertEqual(sum("ORDER BY m.pushed_at DESC" in call.args[0] for call in query.mock_calls), 1)
+        self.assertEqual(sum("ORDER BY pushed_at DESC" in call.args[0] for call in query.mock_calls), 1)
         self.assert_manifests(images[5].body, images[6].body)
 
     def test_an_orphaned_referrer_takes_no_place_of_an_image_and_goes(self) -> None:
@@ -247,7 +247,8 @@ class MaximumSize(CollectionTestCase):
         with mock.patch.object(store, "query", wraps=store.query) as query:
             upkeep.collect(store, max_size=150_000)
         store._writer.set_trace_callback(None)
-        self.assertLess(sum("ORDER BY m.pulled_at" in call.args[0] for call in query.mock_calls), 5)
+        asked = sum("ORDER BY pulled_at" in call.args[0] for call in query.mock_calls)
+        self.assertIn(asked, range(1, 5))
         self.assertEqual(len(self.data.rows("SELECT 1 FROM manifests WHERE pulled_at = 0")), 49)
         self.assertEqual([sql for sql in seen if "ORDER BY" in sql or "sum(" in sql], [])
         self.assert_image(self.client, image, "a")

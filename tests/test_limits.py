@@ -145,7 +145,6 @@ class ConnectionsAreLimited(HTTPTestCase):
         self.assert_status(connection.read(), 100)
         return connection
 
-    @unittest.skipIf(registry.resource is None, "this system sets no such limit")
     def test_there_are_no_more_than_files_to_answer_them_from(self) -> None:
         few = (128, registry.resource.getrlimit(registry.resource.RLIMIT_NOFILE)[1])
         with mock.patch.object(registry.resource, "getrlimit", return_value=few), registry.Registry() as one:

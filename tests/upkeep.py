@@ -56,7 +56,7 @@ def before_removing(arrive: Callable[[], Any]) -> Iterator[None]:
 
 def verify(store: registry.Store, *, repair: bool = False, force: bool = False) -> list[tuple[str, str]]:
     """The kind and subject of each finding."""
-    verifier = registry.Verifier(store, lambda _amount: None)
+    verifier = registry.Verifier(store, lambda *_: None)
     return sorted((finding.kind, finding.subject) for finding in verifier.run(repair=repair, force=force))
 
 

@@ -82,7 +82,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -342,8 +342,8 @@ class Manifest(NamedTuple):
     artifact_type: str | None  # its own; a manifest's falls back to its config's media type
     subject: str | None  # the digest of the manifest that this one refers to
     annotations: dict[str, str]
-    required: tuple[str, ...]  # digests that the repository must hold already
-    optional: tuple[str, ...]  # digests that it may lack: foreign layers
+    required: list[str]  # digests that the repository must hold already
+    optional: list[str]  # digests that it may lack: foreign layers
 
     def descriptor(self, digest: str, size: int) -> bytes:
         """How the list of referrers describes it, as JSON (specification, "Listing Referrers")."""
@@ -355,104 +355,82 @@ class Manifest(NamedTuple):
         return encode_json(descriptor)
 
 
-def invalid_manifest(reason: str) -> RegistryError:
-    """The error for content that is no acceptable manifest."""
-    return RegistryError(ErrorCode.MANIFEST_INVALID, reason)
-
-
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
     """A manifest or index of any media type, pushed with this Content-Type or "". Raises MANIFEST_INVALID."""
-    document = _parse_json_object(content)
-    media_type = _media_type(document, content_type)
-    _check_members(document, media_type)
-    artifact_type = _member(document, "artifactType", str)
-    if "manifests" in document:
-        required, foreign = _descriptors(document["manifests"], "manifests"), []
-    else:
-        required = _descriptors([document.get("config")], "config")
-        artifact_type = artifact_type or _member(required[0], "mediaType", str)
-        layers = _descriptors(document.get("layers"), "layers")
-        foreign = [layer for layer in layers if _is_foreign(layer)]
-        required += [layer for layer in layers if not _is_foreign(layer)]
-    subject = document.get("subject")
-    annotations = _member(document, "annotations", dict) or {}
-    if not all(isinstance(value, str) for value in annotations.values()):
-        raise invalid_manifest("annotations are not all strings")
-    return Manifest(
-        media_type,
-        artifact_type or None,
-        None if subject is None else _descriptors([subject], "subject")[0]["digest"],
-        annotations,
-        tuple(sorted({descriptor["digest"] for descriptor in required})),
-        tuple(sorted({descriptor["digest"] for descriptor in foreign})),
-    )
-
-
-def _parse_json_object(content: bytes) -> dict[str, Any]:
-    def parse_int(digits: str) -> int:
-        if len(digits) > 20:  # int() takes quadratic time
-            raise ValueError("number too long")
-        return int(digits)
-
     try:  # parse_constant gets NaN and Infinity, which are not JSON
-        document = json.loads(content.decode("utf-8"), parse_int=parse_int, parse_constant=int)
+        document = json.loads(content.decode("utf-8"), parse_int=_parse_int, parse_constant=int)
     except (ValueError, RecursionError) as error:
-        raise invalid_manifest(f"not JSON: {type(error).__name__}") from None
-    if not isinstance(document, dict):
-        raise invalid_manifest("not a JSON object")
-    return document
+        raise RegistryError(ErrorCode.MANIFEST_INVALID, f"not JSON: {type(error).__name__}") from None
+    _check(isinstance(document, dict), "not a JSON object")
+    media_type = _media_type(document, content_type)
+    required, optional = _needs(document)
+    artifact_type = _member(document, "artifactType", str)
+    artifact_type = artifact_type or _member(document.get("config", {}), "mediaType", str) or None
+    subject = document.get("subject")
+    subject = None if subject is None else _descriptors([subject], "subject")[0]["digest"]
+    annotations = _member(document, "annotations", dict) or {}
+    _check(all(isinstance(value, str) for value in annotations.values()), "annotations are not all strings")
+    required, optional = ({descriptor["digest"] for descriptor in some} for some in (required, optional))
+    return Manifest(media_type, artifact_type, subject, annotations, sorted(required), sorted(optional))
+
+
+def _needs(document: dict[str, Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    """The descriptors of what must be there, and of layers that clients fetch elsewhere."""
+    if "manifests" in document:
+        return _descriptors(document["manifests"], "manifests"), ()
+    foreign: list[Any] = []
+    required = _descriptors([document.get("config")], "config")
+    for layer in _descriptors(document.get("layers"), "layers"):
+        kind = _member(layer, "mediaType", str) or ""
+        elsewhere = layer.get("urls") or "nondistributable" in kind or "foreign" in kind
+        (foreign if elsewhere else required).append(layer)
+    return required, foreign
+
+
+def _check(holds: object, reason: str) -> None:
+    if not holds:
+        raise RegistryError(ErrorCode.MANIFEST_INVALID, reason)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20:  # int() takes quadratic time
+        raise ValueError("number too long")
+    return int(digits)
 
 
 def _media_type(document: dict[str, Any], content_type: str) -> str:
-    """The media type that body and header agree on; what the body's members say where both are silent."""
-    declared = _member(document, "mediaType", str)
-    if declared and content_type and declared != content_type:
-        raise invalid_manifest(f"mediaType {declared} was sent as Content-Type {content_type}")
-    media_type = declared or content_type or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
-    if not MEDIA_TYPE.fullmatch(media_type) or len(media_type) > MEDIA_TYPE_LIMIT:
-        raise invalid_manifest("malformed media type")
-    return str(media_type)
-
-
-def _check_members(document: dict[str, Any], media_type: str) -> None:
+    """The one media type that body, header and the body's members agree on."""
+    declared = _member(document, "mediaType", str) or content_type
+    _check(declared == (content_type or declared), f"sent as {content_type}, but mediaType is {declared}")
     index, image = "manifests" in document, "layers" in document or "config" in document
-    if document.get("schemaVersion") != 2 or media_type.startswith(DOCKER_SCHEMA1):
-        raise invalid_manifest("schemaVersion must be 2; Docker's schema 1 is not supported")
-    if index == image:
-        raise invalid_manifest("needs either manifests, or config and layers")
-    if media_type in ((OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)):
-        raise invalid_manifest(f"its members are not those of {media_type}")
-
-
-def _is_foreign(layer: dict[str, Any]) -> bool:
-    """Whether clients fetch a layer elsewhere, so that it need not be here."""
-    media_type = _member(layer, "mediaType", str) or ""
-    return bool(layer.get("urls")) or "nondistributable" in media_type or "foreign" in media_type
+    media_type = str(declared or (OCI_INDEX if index else OCI_MANIFEST))
+    well_formed = MEDIA_TYPE.fullmatch(media_type) and len(media_type) <= MEDIA_TYPE_LIMIT
+    _check(well_formed, "malformed media type")
+    known = document.get("schemaVersion") == 2 and not media_type.startswith(DOCKER_SCHEMA1)
+    _check(known, "schemaVersion must be 2; Docker's schema 1 is not supported")
+    _check(index != image, "needs either manifests, or config and layers")
+    others = (OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)
+    _check(media_type not in others, f"its members are not those of {media_type}")
+    return media_type
 
 
 def _member(document: dict[str, Any], name: str, kind: type) -> Any:
     """A member that may be absent or null, but is otherwise of this kind; text is a media type, so short."""
     value = document.get(name)
-    if value is not None and not isinstance(value, kind):
-        raise invalid_manifest(f"{name} is of the wrong type")
-    if isinstance(value, str) and (len(value) > MEDIA_TYPE_LIMIT or not value.isprintable()):
-        raise invalid_manifest(f"{name} is too long, or has characters that cannot be printed")
+    _check(value is None or isinstance(value, kind), f"{name} is of the wrong type")
+    plain = not isinstance(value, str) or (len(value) <= MEDIA_TYPE_LIMIT and value.isprintable())
+    _check(plain, f"{name} is too long, or has characters that cannot be printed")
     return value
 
 
-def _descriptors(values: object, member: str) -> list[dict[str, Any]]:
+def _descriptors(values: object, member: str) -> list[Any]:
     """A list of content descriptors (image-spec descriptor.md), their digests and sizes checked."""
-    if not isinstance(values, list):
-        raise invalid_manifest(f"{member} is not a list")
-    for value in values:
-        if not isinstance(value, dict):
-            raise invalid_manifest(f"{member} is not a descriptor")
-        digest, size = value.get("digest"), value.get("size", 0)
-        if not isinstance(digest, str) or not is_digest(digest):
-            raise invalid_manifest(f"{member} has a bad digest")
-        if type(size) is not int or size < 0:
-            raise invalid_manifest(f"{member} has a bad size")
-    return values
+    descriptors = values if isinstance(values, list) else [None]
+    for each in descriptors:
+        digest, size = (each.get("digest"), each.get("size", 0)) if isinstance(each, dict) else (None, 0)
+        _check(isinstance(digest, str) and is_digest(digest), f"{member} has no digest, or a bad one")
+        _check(type(size) is int and size >= 0, f"{member} has a bad size")
+    return descriptors
 
 
 # === Files ============================================================================================
@@ -523,7 +501,7 @@ class UploadFile(io.FileIO):
     LARGE = threading.BoundedSemaphore(32)  # uploads at once with large buffers
 
     def __init__(
-        self, files: Files, session: str, algorithm: str, *, create: bool = False, patience: float = 0.2
+        self, files: Files, session: str, algorithm: str = "", *, create: bool = False, patience: float = 0.2
     ) -> None:
         """Raises FileNotFoundError when there is none to open, UPLOAD_BUSY when another has it for longer."""
         self.id = session
@@ -538,6 +516,7 @@ class UploadFile(io.FileIO):
             raise
         self.size = self._flushed = os.fstat(self.fileno()).st_size
         # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
+        algorithm = algorithm or (session.split("-")[1] if "-" in session else "sha256")
         self._hash: Any = None if self.size else hashlib.new(algorithm)
 
     def _lock(self, deadline: float) -> None:
@@ -801,11 +780,6 @@ class Files:
                 os.mkdir(f"{self.root}/uploads")  # else somebody has removed the directory
         raise FileNotFoundError(errno.ENOENT, "it is removed as soon as it is made", f"{self.root}/uploads")
 
-    def open_upload(self, name: str, **options: Any) -> UploadFile:
-        """The upload with this name, locked. Takes and raises what UploadFile does."""
-        algorithm = name.split("-")[1] if "-" in name else "sha256"
-        return UploadFile(self, name, algorithm, **options)
-
     def uploads(self) -> Iterator[tuple[str, os.stat_result]]:
         """The names and states of all uploads, under way or left behind; what else is there is not ours."""
         with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.root}/uploads") as entries:
@@ -813,11 +787,6 @@ class Files:
                 if UPLOAD.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
                         yield entry.name, entry.stat(follow_symlinks=False)
-
-
-def began_at(upload: str) -> int:
-    """The second in which an upload began, as its name says."""
-    return int(upload[:8], 16)
 
 
 def hashed_name(name: str) -> str:
@@ -869,6 +838,8 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
+Check = Callable[[Union[str, None]], object]  # takes a digest or None, and raises what forbids it
+
 _log_indexes: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # those mapped, by device and inode
 _log_indexes_lock = threading.Lock()
 
@@ -914,8 +885,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 class Database:
     """registry.db, for queries: pooled connections, and what tells whether anything was committed.
 
-    Where SQLite's locks cannot be had, which are files beside the database, it is read without them. That
-    holds only for as long as the files stay as they are.
+    Where SQLite cannot have its locks, it is read without them, while the files stay as they are.
     """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
@@ -976,10 +946,8 @@ class Database:
 
 def read_schema() -> list[str]:
     """The sections of schema.sql: before, while and after the tables are made. Raises StartupError."""
-    try:
+    with explain_failure("cannot read schema.sql", "it has to lie beside registry.py"):
         schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise StartupError("schema.sql is missing; it has to lie beside registry.py") from None
     return re.split(r"^-- ===.*", schema, flags=re.MULTILINE)[1:]
 
 
@@ -1037,25 +1005,19 @@ class Store:
         self.files.keep_reserve()
         self._writer = connect(self._path, "rwc")
         resources.callback(self._writer.close)
+        self._writer.execute(f"PRAGMA synchronous = {'NORMAL' if self.files.durable else 'OFF'}")
         with locked_directory(self.files.root):  # nobody waits for a database that is being made
-            self._make_database()
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            ((version,),) = self._writer.execute("PRAGMA user_version")
+            if version < FORMAT_VERSION:  # make the tables, or bring those of format 1 up to date
+                script = "".join(read_schema()) if version else read_schema()[1]
+                self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
+                self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
+                self._writer.execute("PRAGMA foreign_keys = ON")
+                remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
         if self.files.durable:
             self._log = os.open(f"{self._path}-wal", os.O_RDWR)
             resources.callback(os.close, self._log)
-
-    def _make_database(self) -> None:
-        """Make the tables, or bring those of format 1 up to date, in one transaction (schema.sql)."""
-        self._writer.execute(f"PRAGMA synchronous = {'NORMAL' if self.files.durable else 'OFF'}")
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        ((version,),) = self._writer.execute("PRAGMA user_version")
-        if version >= FORMAT_VERSION:
-            return
-        parts = read_schema()
-        script = "".join(parts) if version else parts[1]
-        self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
-        self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
-        self._writer.execute("PRAGMA foreign_keys = ON")
-        remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
 
     def close(self) -> None:
         """Close the database. No other method may be called again."""
@@ -1116,10 +1078,7 @@ class Store:
     def transaction(
         self, *, durable: bool = True, frees: bool = False, timeout: float = DATABASE_TIMEOUT
     ) -> Iterator[sqlite3.Connection]:
-        """SQLite's write lock, held against other threads and processes alike; committed when this returns.
-
-        durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
-        """
+        """SQLite's write lock; what is written is committed, and durable, when this returns. frees: space."""
         if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
             with contextlib.closing(self._database.connect()) as db:
                 yield db
@@ -1228,11 +1187,8 @@ class Store:
         return int(repository)
 
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
-        """Let a client rely on a content that it is being told of; whether the content is still here.
-
-        Where that cannot be recorded, the answer stands: it serves pulls, and a push would fail as well.
-        """
-        now = time.time()
+        """Let a client rely on a content that it is being told of; whether the content is still here."""
+        now = time.time()  # where this cannot be recorded, the answer stands: a push would fail as well
         if self.read_only or now - leased_at < LEASE_SLACK:
             return True
         return self._change_if_possible(self.RENEW_LEASE, [(int(now), repository, digest)]) != 0
@@ -1254,13 +1210,11 @@ class Store:
         self._cache.put(descriptor.digest, content, size=len(content) + CACHE_ENTRY_SIZE)
         return content
 
-    BLOB = (
-        "SELECT size, repository_id, leased_at, needed_by FROM contents WHERE repository = ? AND digest = ?"
-    )
+    BLOB = "SELECT * FROM contents WHERE repository = ? AND digest = ?"
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
         """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
-        for size, repository, leased_at, _ in self.query_cached(self.BLOB, name, digest):
+        for _, repository, _, size, leased_at, _ in self.query_cached(self.BLOB, name, digest):
             if not lease or self._lease(repository, digest, leased_at):
                 return Descriptor(OCTET_STREAM, digest, size)
         raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
@@ -1271,7 +1225,7 @@ class Store:
             row = db.execute(self.BLOB, (name, digest)).fetchone()
             if row is None:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-            _, repository, _, needed_by = row
+            _, repository, _, _, _, needed_by = row
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             self.unlink(db, repository, digest)
@@ -1326,15 +1280,15 @@ class Store:
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
         rows = self.query_cached(self.BLOB, source, digest)
-        file = self.files.open(digest, rows[0][0]) if rows else None
+        file = self.files.open(digest, rows[0][3]) if rows else None
         if file is None:
             return False
         file.close()
         with self.transaction() as db:
-            row = db.execute(self.BLOB, (source, digest)).fetchone()
-            if row is not None:
-                self._link(db, name, digest, row[0])
-        return row is not None
+            rows = db.execute(self.BLOB, (source, digest)).fetchall()
+            for _, _, _, size, _, _ in rows:
+                self._link(db, name, digest, size)
+        return bool(rows)
 
     def repositories_with(self, digest: str, limit: int) -> list[str]:
         """The names of up to so many repositories that are linked to a blob, in no order."""
@@ -1354,7 +1308,7 @@ class Store:
         """An upload session to write to, dropped on a full disk. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
-            upload = self.files.open_upload(session)
+            upload = UploadFile(self.files, session)
         except FileNotFoundError:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
         try:
@@ -1389,7 +1343,7 @@ class Store:
         """Make an upload the repository's blob of this digest, durably. Raises what Files.place does."""
         with self._placed(upload, digest) as db:
             repository = self._link(db, name, digest, upload.size)
-            now, began = int(time.time()), began_at(upload.id)
+            now, began = int(time.time()), int(upload.id[:8], 16)
             if now - began >= LEASE_SLACK:  # the rest of a push that takes its time is needed as long
                 db.execute(
                     "UPDATE repository_blobs SET leased_at = ?"
@@ -1406,7 +1360,7 @@ class Store:
         for name, status in self.files.uploads():
             try:
                 if is_left_behind(name, status):
-                    with self.files.open_upload(name, patience=0.0) as upload:
+                    with UploadFile(self.files, name, patience=0.0) as upload:
                         if is_left_behind(name, os.fstat(upload.fileno())):
                             upload.unlink()
             except (RegistryError, FileNotFoundError):
@@ -1420,7 +1374,7 @@ class Store:
         for name, status in self.files.uploads():
             if "-" in name and status.st_mtime >= since:
                 owner = name.rpartition("-")[2]
-                began[owner] = min(began_at(name), began.get(owner, sys.maxsize))
+                began[owner] = min(int(name[:8], 16), began.get(owner, sys.maxsize))
         return began
 
     # --- Manifests
@@ -1470,13 +1424,12 @@ class Store:
         manifest: Manifest,
         content: bytes,
         *,
-        tags: Iterable[str] = (),
-        check: Callable[[str | None], object] = lambda digest: None,
+        tags: Iterable[str],
+        check: Check,
     ) -> str:
         """Store a parsed manifest under a tag or its digest, durably, with more tags, and return its digest.
 
-        check is called with the digest of what the reference names till then, and raises what forbids it.
-        Raises DIGEST_INVALID, and MANIFEST_BLOB_UNKNOWN with each digest that is required and absent.
+        check is asked about what the reference names till then. Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN.
         """
         digest = reference if is_digest(reference) else digest_of(content)
         with self.files.new_upload(algorithm_of(digest)) as upload:
@@ -1488,15 +1441,7 @@ class Store:
                     "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
                     " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
                     " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
-                    (
-                        repository,
-                        digest,
-                        manifest.media_type,
-                        manifest.artifact_type,
-                        manifest.subject,
-                        now,
-                        now,
-                    ),
+                    (repository, digest, *manifest[:3], now, now),  # media and artifact type, subject
                 )
                 if manifest.subject:
                     described = manifest.descriptor(digest, len(content))
@@ -1534,13 +1479,8 @@ class Store:
         if missing and not self.sparse:
             raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *(child for (child,) in missing))
 
-    def delete_manifest(
-        self, name: str, reference: str, check: Callable[[str], object] = lambda digest: None
-    ) -> None:
-        """Remove a tag and nothing else, or by its digest a manifest and its tags; check as for put_manifest.
-
-        Raises MANIFEST_UNKNOWN, NAME_UNKNOWN, STILL_NEEDED.
-        """
+    def delete_manifest(self, name: str, reference: str, check: Check) -> None:
+        """Remove a tag alone, or by digest a manifest and its tags. Raises MANIFEST_UNKNOWN, STILL_NEEDED."""
         self._require_repository(name)
         with self.transaction(frees=True) as db:
             row = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
@@ -1579,12 +1519,9 @@ class Store:
         """
         about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
         rows = self.query_cached(
-            "SELECT repository_id, digest, length(d.descriptor),"
-            " CASE WHEN length(d.descriptor) <= 4096 THEN d.descriptor END"
-            " FROM manifests m JOIN referrers d USING (repository_id, digest)"
-            " WHERE m.repository_id = (SELECT id FROM repositories WHERE name = ?) AND m.subject = ?"
-            f" AND m.digest > ?{' AND m.artifact_type = ?' if artifact_type else ''}"
-            " ORDER BY m.digest LIMIT ?",
+            "SELECT repository_id, digest, size, short FROM referrer_descriptors"
+            " WHERE repository = ? AND subject = ? AND digest > ?"
+            f"{' AND artifact_type = ?' if artifact_type else ''} ORDER BY digest LIMIT ?",
             *about,
             REFERRER_PAGE_LIMIT + 1,
         )

@@ -104,6 +104,12 @@ CREATE TABLE IF NOT EXISTS referrers (
     FOREIGN KEY (repository_id, digest) REFERENCES manifests ON DELETE CASCADE
 );
 
+CREATE VIEW IF NOT EXISTS referrer_descriptors AS
+    SELECT r.name AS repository, m.repository_id, m.subject, m.artifact_type, m.digest,
+        length(d.descriptor) AS size, CASE WHEN length(d.descriptor) <= 4096 THEN d.descriptor END AS short
+    FROM repositories r JOIN manifests m ON m.repository_id = r.id
+    JOIN referrers d ON d.repository_id = m.repository_id AND d.digest = m.digest;
+
 -- What a manifest needs: itself, and its config and layers or an index's
 -- children. A child need not be there, so it is no foreign key.
 CREATE TABLE IF NOT EXISTS manifest_references (

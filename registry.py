@@ -3159,7 +3159,8 @@ class Connection(socketserver.BaseRequestHandler):
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
             if not keep:
                 self.idle = request.body.done
-                reader.linger()
+                if not (self.idle and self.server.stopping):  # finish_requests may have looked just before
+                    reader.linger()
             request.body.drain()
         elif reply.status < 400:
             reader.served_at = time.monotonic()
@@ -3241,13 +3242,16 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve a connection: one that has served another, since starting one takes longer."""
         connection = Connection(request, client_address, self)
-        with self._closed:  # or it could be served to its end before it counts
+        with self._closed:
+            self.connections.add(connection)  # before it is served, so that finish_requests misses none
             if self._idle_threads:
                 self._idle_threads -= 1
-                self._handed_over.put(connection)
-            else:
-                threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
-            self.connections.add(connection)
+                return self._handed_over.put(connection)
+        try:
+            threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
+        except BaseException:  # there are no more threads
+            self.connections.discard(connection)
+            raise
 
     def _serve_connections(self, connection: Connection | None) -> None:
         """Serve one connection after another; unless enough threads wait for the next one already."""
@@ -3277,11 +3281,10 @@ class Server(ThreadingHTTPServer):
     def finish_requests(self, deadline: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
         with self._closed:
-            while self.connections and time.monotonic() < deadline:
-                for connection in self.connections:
-                    if connection.idle:  # TLS has something to say yet
-                        connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
-                self._closed.wait_for(lambda: not self.connections, 0.05)
+            for connection in self.connections:
+                if connection.idle:  # TLS has something to say yet
+                    connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
+            self._closed.wait_for(lambda: not self.connections, deadline - time.monotonic())
             for connection in self.connections:
                 connection.hang_up()
             self._closed.wait_for(lambda: not self.connections, 1.0)
@@ -3537,9 +3540,7 @@ def announce(registry: Registry) -> None:
         return
     warning = "registry.py: warning: "
     if not (registry.users or registry.read_only):
-        write_log(
-            f"{warning}anybody who reaches this port can push, overwrite and delete images; see --users"
-        )
+        write_log(f"{warning}whoever reaches this port can push, overwrite and delete images; see --users")
     if not registry.tls_cert:
         write_log(f"{warning}passwords and images can be read and changed on their way; see --tls-cert")
 
@@ -3548,10 +3549,10 @@ def command_serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. The first lets requests in flight finish, a second one ends at once."""
     raise_descriptor_limit()
     registry = Registry(
-        sync="no_sync" not in options,
+        sync=not options.no_sync,
         limits=Limits(**pick(options, Limits)),
         policy=policy_of(options),
-        log=None if "quiet" in options else write_log,
+        log=None if options.quiet else write_log,
         **pick(options, Registry),
     )
     listener = None
@@ -3568,9 +3569,8 @@ def command_serve(options: argparse.Namespace) -> None:
         registry.server.stop_accepting()
 
     registry.open(listener)
-    signal.set_wakeup_fd(
-        registry.server.waker.fileno(), warn_on_full_buffer=False
-    )  # whichever thread gets it
+    # Whichever thread the system gives a signal to, this has the main one notice.
+    signal.set_wakeup_fd(registry.server.waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     if listener is None:
         signal.signal(signal.SIGINT, stop)
@@ -3713,62 +3713,62 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
 BYTES = {f"{prefix}{unit}": KIB**power for power, prefix in enumerate("KMGT", 1) for unit in ("", "B", "iB")}
 
 
-def parse_number(
-    text: str, what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = 10**18
-) -> float:
-    """A whole number within bounds, or any with one of the units behind it. what: that, in words."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+(?=[A-Za-z]))?)([A-Za-z]*)", text)
-    number = float(match[1]) * {"": 1, **units}.get(match[2], math.nan) if match else math.nan
-    if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number if units is SECONDS else int(number)
+def number_type(
+    what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = 10**18
+) -> dict[str, Any]:
+    """For add_argument: a whole number within bounds, or any with one of the units behind it."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+(?=[A-Za-z]))?)([A-Za-z]*)", text)
+        value = float(match[1]) * {"": 1, **units}.get(match[2], math.nan) if match else math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value if units is SECONDS else int(value)
+
+    return {"type": parse}
 
 
-def numeric(what: str, **options: Any) -> dict[str, Any]:
-    return {"type": functools.partial(parse_number, what=what, **options)}
-
-
-# The commands that have an option, the option, what it takes, and what --help says of it.
+# The commands that have an option, the option, what it takes, and its help with its default.
 OPTIONS = """
-serve gc verify  --data DIR             data directory (default: ./data)
-serve            --host HOST            address to listen on (default: 127.0.0.1)
-serve            --port PORT            port to listen on, 0 for a free one (default: 5000)
-serve            --workers N            serve with so many processes, for more than one core (default: 1)
-serve            --max-connections N    serve so many clients at once, for each process (default: 1024)
-serve            --read-only            serve pulls only; the disk may be read-only
-serve            --sparse               accept manifests whose layers or children are absent
-serve            --no-sync              do not wait for the disk: a power cut may lose what was pushed
-serve            --max-blob-size SIZE   refuse larger blobs
-serve            --min-free SIZE        refuse pushes that would leave less of the disk free (default: 64M)
-serve            --users FILE           let only the users of this htpasswd file in; see the command passwd
-serve            --grants FILE          what they may do: lines of who, repositories, actions
-serve            --anonymous-pull       let everybody pull
-serve            --trusted-proxy ADDR   believe the X-Forwarded headers of this address or network; repeatable
-serve            --public-url URL       how clients reach this registry, if a proxy does not say
-serve            --tls-cert FILE        serve HTTPS with this certificate chain (PEM)
-serve            --tls-key FILE         its private key, if that is in another file
-serve            --quiet                no access log on standard error
-serve            --gc-interval AGE      collect garbage so often, 0 for never (default: 1h)
-serve gc         --untagged-after AGE   remove manifests without a tag for so long, such as 7d; else never
-serve gc         --keep-last COUNT      but keep so many untagged images of each repository, the newest
-serve gc         --grace GRACE          leave alone what was pushed or asked for so recently (default: 1h)
-serve gc         --max-size SIZE        remove the images least recently pulled while the store is larger
-gc               --dry-run              only say what would be removed, from a copy in a temporary directory
-gc               --all                  also look for what a crash left under blobs/, as the daemon does daily
-verify           --repair               move damaged files aside so that clients push them again
-verify           --force                repair even when most files are missing
-passwd           name NAME              the user
-passwd           --users HTPASSWD       the htpasswd file, made if missing
-passwd           --delete               remove the user instead
+serve gc verify  --data DIR            data directory (default: ./data)
+serve            --host HOST           address to listen on (default: 127.0.0.1)
+serve            --port PORT           port to listen on, 0 for a free one (default: 5000)
+serve            --workers N           serve with so many processes, to use more than one core (default: 1)
+serve            --max-connections N   serve so many clients at once, for each process (default: 1024)
+serve            --read-only           serve pulls only; the disk may be read-only
+serve            --sparse              accept manifests whose layers or children are absent
+serve            --no-sync             faster, but a power cut may lose or damage what was pushed
+serve            --max-blob-size SIZE  refuse larger blobs
+serve            --min-free SIZE       refuse pushes that would leave less of the disk free (default: 64M)
+serve            --users FILE          let only the users of this htpasswd file in; see the command passwd
+serve            --grants FILE         what they may do: lines of who, repositories, actions
+serve            --anonymous-pull      let everybody pull
+serve            --trusted-proxy ADDR  believe the X-Forwarded headers of this address or network; repeatable
+serve            --public-url URL      how clients reach this registry, if a proxy does not say
+serve            --tls-cert FILE       serve HTTPS with this certificate chain (PEM)
+serve            --tls-key FILE        its private key, if that is in another file
+serve            --quiet               no access log on standard error
+serve            --gc-interval AGE     collect garbage so often, 0 for never (default: 1h)
+serve gc         --untagged-after AGE  remove manifests that have had no tag for so long, such as 7d
+serve gc         --keep-last COUNT     but keep the newest so many of each repository's untagged images
+serve gc         --grace GRACE         leave alone what a client pushed or asked for since (default: 1h)
+serve gc         --max-size SIZE       remove the images least recently pulled while the store is larger
+gc               --dry-run             only say what would be removed, from a copy in a temporary directory
+gc               --all                 also look for what a crash left under blobs/, as the daemon does daily
+verify           --repair              move damaged files aside so that clients push them again
+verify           --force               repair even when most files are missing
+passwd           name NAME             the user
+passwd           --users HTPASSWD      the htpasswd file, made if missing
+passwd           --delete              remove the user instead
 """
 # What argparse is to know of those that take something else than a text.
 KINDS: dict[str, dict[str, Any]] = {
-    "PORT": numeric("a port number", most=65535),
-    "N": numeric("a whole number, 1 or more", least=1),
-    "COUNT": numeric("a whole number"),
-    "SIZE": numeric("a size like 64M or 50G", units=BYTES),
-    "AGE": numeric("a duration like 30s, 5m, 1h or 7d", units=SECONDS),
-    "GRACE": numeric("a duration of 10s or more", units=SECONDS, least=SHORTEST_GRACE),
+    "PORT": number_type("a port number", most=65535),
+    "N": number_type("a whole number, 1 or more", least=1),
+    "COUNT": number_type("a whole number"),
+    "SIZE": number_type("a size like 64M or 50G", units=BYTES),
+    "AGE": number_type("a duration like 30s, 5m, 1h or 7d", units=SECONDS),
+    "GRACE": number_type("a duration of 10s or more", units=SECONDS, least=SHORTEST_GRACE),
     "ADDR": {"action": "append", "dest": "trusted_proxies"},
     "HTPASSWD": {"required": True},
 }
@@ -3783,23 +3783,20 @@ def build_parser() -> argparse.ArgumentParser:
     text = "A container registry. Without a command, it serves."
     parser = argparse.ArgumentParser(prog="registry.py", description=text, **common)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(command=command_serve)
     parsers = {"serve": parser}
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command, text in (
-        (command_gc, "remove what nothing needs any more"),
-        (command_verify, "check every file and every row"),
-        (command_passwd, "set a user's password"),
-    ):
-        name = command.__name__.replace("command_", "")
+    for command in (command_gc, command_verify, command_passwd):
+        name, text = command.__name__.replace("command_", ""), command.__doc__ or ""
         parsers[name] = commands.add_parser(name, help=text, description=text, **common)
         parsers[name].set_defaults(command=command)
+    flag = {"action": "store_true", "default": False}
     for names, option, metavar, text in re.findall(r"^([a-z ]+?)  +(\S+) ?([A-Z]*)  +(.+)", OPTIONS, re.M):
-        kind = {"metavar": metavar, **KINDS.get(metavar, {})} if metavar else {"action": "store_true"}
+        kind = {"metavar": metavar, **KINDS.get(metavar, {})} if metavar else flag
         for name in names.split():
-            parsers[name].add_argument(option, help=text, **kind)
-    flags = dict.fromkeys(("dry_run", "all", "repair", "force", "delete"), False)
-    serving = {"command": command_serve, "port": 5000, "workers": 1, "gc_interval": 3600.0}
-    parser.set_defaults(data="./data", min_free=64 * MIB, **serving, **flags)
+            action = parsers[name].add_argument(option, help=text, **kind)
+            if name == "serve" and (default := re.search(r"\(default: (.+)\)", text)):
+                parser.set_defaults(**{action.dest: default[1]})
     return parser
 
 

@@ -33,7 +33,7 @@ from tests.steps import DATABASE
 from tests.support import MEMORY, ROOT, TIMEOUT, Client, DataDirectory, HTTPTestCase, digest_of
 
 FULL = os.environ.get("REGISTRY_CRASH_SWEEP") == "full"
-TELLING, OTHERS = 75, 20  # crash points tried when not all are
+TELLING, OTHERS = 90, 25  # crash points tried when not all are
 WORKERS = 2
 
 

@@ -82,7 +82,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -117,15 +117,13 @@ MANIFEST_LIMIT = 4 * MIB
 DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
 PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
-REFERRER_PAGE_BYTES = 3 * MIB  # clients stop reading an index at 4 MiB
 TAG_PARAMETER_LIMIT = 50
 PARAMETER_LIMIT = 1_000  # of a query
-DETAIL_LIMIT, DETAIL_LENGTH = 1_000, 300  # entries of one error, and characters of each one's detail
+DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
 BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
-SMALL_CONTENT = 64 * KIB  # up to here, contents are kept in memory and leave in one write
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -838,7 +836,7 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
-Check = Callable[[Union[str, None]], object]  # takes a digest or None, and raises what forbids it
+Check = Callable[["str | None"], object]  # takes a digest or None, and raises what forbids it
 
 _log_indexes: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # those mapped, by device and inode
 _log_indexes_lock = threading.Lock()
@@ -1201,7 +1199,7 @@ class Store:
         if content is not None:
             return content
         file = self.files.open(descriptor.digest, descriptor.size)
-        if file is None or descriptor.size > SMALL_CONTENT:
+        if file is None or descriptor.size > 64 * KIB:
             return file
         with file:
             content = file.read()
@@ -1211,6 +1209,8 @@ class Store:
         return content
 
     BLOB = "SELECT * FROM contents WHERE repository = ? AND digest = ?"
+    # All that hangs on a link goes with it, and a blob's row with its last link (schema.sql).
+    UNLINK = "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?"
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
         """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
@@ -1228,14 +1228,8 @@ class Store:
             _, repository, _, _, _, needed_by = row
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
-            self.unlink(db, repository, digest)
+            db.execute(self.UNLINK, (repository, digest))
         self.remove_files([digest])
-
-    @staticmethod
-    def unlink(db: sqlite3.Connection, repository: int, digest: str) -> None:
-        """Drop a link and all that hangs on it; a blob's row goes with its last link (schema.sql)."""
-        sql = "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?"
-        db.execute(sql, (repository, digest))
 
     def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
         """Within a transaction: forget a content in every repository, so that clients push it again."""
@@ -1418,14 +1412,7 @@ class Store:
             self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
-        self,
-        name: str,
-        reference: str,
-        manifest: Manifest,
-        content: bytes,
-        *,
-        tags: Iterable[str],
-        check: Check,
+        self, name: str, reference: str, manifest: Manifest, content: bytes, *, tags: list[str], check: Check
     ) -> str:
         """Store a parsed manifest under a tag or its digest, durably, with more tags, and return its digest.
 
@@ -1491,7 +1478,7 @@ class Store:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             check(digest)
             if reference == digest:
-                self.unlink(db, repository, digest)
+                db.execute(self.UNLINK, (repository, digest))
             else:
                 db.execute("DELETE FROM tags WHERE repository_id = ? AND name = ?", (repository, reference))
         if reference == digest:
@@ -1526,7 +1513,7 @@ class Store:
             REFERRER_PAGE_LIMIT + 1,
         )
         page: list[tuple[str, bytes]] = []
-        room = REFERRER_PAGE_BYTES
+        room = 3 * MIB  # clients stop reading an index at 4 MiB
         for repository, digest, length, descriptor in rows[:REFERRER_PAGE_LIMIT]:
             room -= length
             if page and room < 0:
@@ -1704,7 +1691,7 @@ class Collector:
         for size, leased_at, needed_by, needed, shared in rows:
             self._needed_size -= 0 if needed else size
             if not needed_by and leased_at < leased_before:
-                self.store.unlink(self._db, repository, digest)
+                self._db.execute(Store.UNLINK, (repository, digest))
                 self._removed.append(Removal("blob", name, digest, 0 if shared else size))
 
     def _sweep(self) -> None:

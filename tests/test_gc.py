@@ -327,11 +327,11 @@ class Sweeping(CollectionTestCase):
     """Upload sessions beside the sweep of those that were given up."""
 
     def test_a_session_opened_while_the_sweep_looks_around_is_left_alone(self) -> None:
-        for name in ("uploads", "open_upload"):
+        for owner, name in ((self.registry.store.files, "uploads"), (registry, "UploadFile")):
             with self.subTest(name):
                 given_up = self.client.open_upload().rpartition("/")[2]
                 os.utime(self.data.path / "uploads" / given_up, (0, 0))
-                self.assert_survives_sweep(self.registry.store.files, name)
+                self.assert_survives_sweep(owner, name)
 
     def assert_survives_sweep(self, owner: Any, name: str) -> None:
         """A session lives that was opened right before the sweep first calls a method."""

@@ -52,7 +52,7 @@ import getpass
 import hashlib
 import heapq
 import hmac
-import http
+import http.client
 import io
 import ipaddress
 import itertools
@@ -62,6 +62,7 @@ import mmap
 import os
 import queue
 import re
+import resource
 import secrets
 import selectors
 import shutil
@@ -76,7 +77,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -91,10 +92,6 @@ try:
     import ssl
 except ImportError:  # a Python built without it serves plain HTTP
     ssl = None  # type: ignore[assignment]
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
     raise (SystemExit if __name__ == "__main__" else ImportError)(
@@ -144,7 +141,6 @@ SLOWEST_BODY = 16 * KIB  # bytes a second of a body, after the time a head may t
 LINGER_TIMEOUT = 5.0  # for the rest of a request after its reply, and for the client to read that
 EVICTION_DELAY = 1.0  # for which whoever is being answered need not make room
 EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
-RESTART_DELAY = 0.5  # before a worker that died is replaced
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 UPLOAD_LOCK_TIMEOUT = 0.2  # for another that writes to the same upload session
@@ -159,7 +155,6 @@ SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
 IDLE_THREADS = 8  # that wait for the next connection
-LISTEN_BACKLOG = 1024
 TOKEN_PATH = "/token"
 TOKEN_LIFETIME = 300  # seconds
 PASSWORD_LIFETIME = 3600.0  # since its last use, for which a password that was right is not hashed again
@@ -201,7 +196,6 @@ HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BYTE_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.IGNORECASE)
-CREDENTIALS = re.compile(r"//[^/?]*@")  # in front of a URL's host
 ENTITY_TAG = re.compile(r'(W/)?"([^"]*)"')
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
@@ -3804,24 +3798,18 @@ def _translate(error: Exception) -> RegistryError:
 
 # === Server ===========================================================================================
 
-CLIENT_GONE = 499  # only ever in the log: there was nobody left to tell
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-@functools.lru_cache(maxsize=2)
-def common_headers(second: int) -> str:
-    """The header lines of every reply. What was pushed is not to run anything in a browser."""
-    return (
-        f"Date: {formatdate(second, usegmt=True)}\r\n"
-        "Docker-Distribution-API-Version: registry/2.0\r\n"
-        "X-Content-Type-Options: nosniff\r\n"
-        "Content-Security-Policy: default-src 'none'; sandbox"
-    )
+format_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))  # once a second
 
 
 def encode_head(reply: Reply, *, keep: bool) -> bytes:
     """A reply's status line and headers, with those that every reply has; keep: the connection stays open."""
-    lines = [f"HTTP/1.1 {reply.status} {REASONS[reply.status]}", common_headers(int(time.time()))]
+    lines = [
+        f"HTTP/1.1 {reply.status} {http.client.responses[reply.status]}\r\n"
+        f"Date: {format_date(int(time.time()))}\r\n"
+        "Docker-Distribution-API-Version: registry/2.0\r\n"
+        "X-Content-Type-Options: nosniff\r\n"  # what was pushed is not to run anything in a browser
+        "Content-Security-Policy: default-src 'none'; sandbox"
+    ]
     if reply.status not in (204, 304):
         lines.append(f"Content-Length: {reply.length}")
     lines += [f"{name}: {value}" for name, value in reply.headers]
@@ -3832,26 +3820,20 @@ def encode_head(reply: Reply, *, keep: bool) -> bytes:
 class Connection(socketserver.BaseRequestHandler):
     """One client's connection: requests and replies in turn until either is done."""
 
-    server: Server
-
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
-        """Take the socket over. Unlike its base class, that does not serve it yet: see run."""
+        """Take the socket over. Unlike its base class, that does not handle it yet: a thread does."""
         self.client_address = client_address
-        self.server = server
+        self.server: Server = server
         self.idle = True  # between requests, or after the last
         self.reader = SocketReader(request)
 
-    def run(self) -> None:
-        """Serve it to its end; called in a thread of the server's."""
-        try:
+    def handle(self) -> None:
+        """Serve it to its end."""
+        with contextlib.closing(self.reader), contextlib.suppress(ClientGone):
             if self.server.tls is not None:
                 self.reader.begin_tls(self.server.tls.get())
-            while data := self.reader.read_head():
+            while not self.server.stopping and (data := self.reader.read_head()):
                 self._serve(data)
-        except ClientGone:
-            pass
-        finally:
-            self.reader.close()
 
     def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
@@ -3863,100 +3845,67 @@ class Connection(socketserver.BaseRequestHandler):
         reader, started = self.reader, time.perf_counter()
         self.idle, reader.evictable_at = False, math.inf
         request = Request(self.server.context, reader, self.client_address[0])
-        reply = Reply(CLIENT_GONE)
+        reply = Reply(499)  # only ever in the log: there was nobody left to tell
         try:
-            reply = self._answer(request, data)
-            keep = request.persistent and not self.server.stopping and request.body.drainable
-            if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
-                reader.evictable_at = reader.served_at + EVICTION_DELAY
-            self._send(reply, bodiless=request.method == "HEAD", keep=keep)
+            try:
+                request.parse(data)
+                reply = dispatch(request)
+            except ClientGone:
+                raise
+            except Exception as error:  # whatever it is, the client gets an answer
+                reply = error_reply(error, request)
+            keep = self._send(request, reply)
         finally:
             if isinstance(reply.body, FileRange):
                 reply.body.file.close()
-            self._log(request, reply, started)
+            if self.server.log:
+                target = re.sub("//[^/?]*@", "//", request.target)[:500]  # a URL may hold a password
+                agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # one field, as it is quoted
+                self.server.log(
+                    f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address} {request.method} {target}"
+                    f" {reply.status} {reply.length} {(time.perf_counter() - started) * 1000:.1f}ms {agent}"
+                )
         if not keep or not request.body.done:
             reader.evictable_at = reader.served_at + EVICTION_DELAY
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
             if not keep:
                 self.idle = request.body.done
-                reader.linger()
+                if not (self.idle and self.server.stopping):  # finish_requests may have looked just before
+                    reader.linger()
             request.body.drain()
         elif reply.status < 400:
             reader.served_at = time.monotonic()
         self.idle, reader.evictable_at = True, reader.served_at
-        if self.server.stopping:
-            raise ClientGone
 
-    def _answer(self, request: Request, data: bytes) -> Reply:
-        try:
-            request.parse(data)
-            return dispatch(request)
-        except ClientGone:
-            raise
-        except Exception as error:  # whatever it is, the client gets an answer
-            return error_reply(error, request)
-
-    def _send(self, reply: Reply, *, bodiless: bool, keep: bool) -> None:
-        """Send a reply, in one write when its body is small."""
-        head = encode_head(reply, keep=keep)
-        if bodiless:
-            self.reader.send(head)
-        elif isinstance(reply.body, bytes):
-            self.reader.send(head + reply.body)
+    def _send(self, request: Request, reply: Reply) -> bool:
+        """Send a reply, in one write when its body is small; returns whether another request may follow."""
+        if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
+            self.reader.evictable_at = self.reader.served_at + EVICTION_DELAY
+        keep = request.persistent and not self.server.stopping and request.body.drainable
+        head, body = encode_head(reply, keep=keep), b"" if request.method == "HEAD" else reply.body
+        if isinstance(body, bytes):
+            self.reader.send(head + body)
         else:
             self.reader.send(head, more=True)
-            self.reader.send_file(reply.body)
-
-    def _log(self, request: Request, reply: Reply, started: float) -> None:
-        if self.server.log is None:
-            return
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        milliseconds = (time.perf_counter() - started) * 1000
-        agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # quoted, so that it stays one field
-        target = CREDENTIALS.sub("//", request.target)[:500]
-        self.server.log(
-            f"{moment} {request.address} {request.method} {target} {reply.status} {reply.length}"
-            f" {milliseconds:.1f}ms {agent}"
-        )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, IPv4 or IPv6 as the host demands. Raises OSError, OverflowError."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.create_server((str(address[0]), int(address[1])), family=family, backlog=LISTEN_BACKLOG)
-    listener.setblocking(False)  # another worker may be quicker to accept what woke this one
-    return listener
+            self.reader.send_file(body)
+        return keep
 
 
 class Server(ThreadingHTTPServer):
     """Accepts connections, each served by a Connection in a thread, until it is told to stop.
 
-    Of what socketserver calls, these are overridden: get_request, verify_request, process_request,
-    handle_error, server_close.
+    Overridden of what socketserver calls: get_request, verify_request, process_request, handle_error.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        context: Context,
-        *,
-        tls: WatchedFiles[ssl.SSLContext] | None = None,
-        max_connections: int = MAX_CONNECTIONS,
-        parent_alive: socket.socket | None = None,
-        log: Callable[[str], None] | None = None,
-    ) -> None:
-        """Takes over what listen gave.
+    tls: WatchedFiles[ssl.SSLContext] | None = None
+    max_connections = MAX_CONNECTIONS
+    log: Callable[[str], None] | None = None  # takes one access-log line for each request
 
-        parent_alive: when its other end is closed, stop. log takes one access-log line for each request.
-        """
-        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.server_address = listener, listener.getsockname()
+    def __init__(self, listener: socket.socket, context: Context) -> None:
+        """Takes the listener over."""
+        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
+        self.socket = listener
         self.context = context
-        self.tls = tls
-        self.log = log
-        self._max_connections = max_connections
-        self._parent_alive = parent_alive
         self.stopping = False
         self.connections: set[Connection] = set()
         self._closed = threading.Condition()  # notified when a connection has ended
@@ -3970,39 +3919,30 @@ class Server(ThreadingHTTPServer):
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wakee, selectors.EVENT_READ)
-            if self._parent_alive:
-                selector.register(self._parent_alive, selectors.EVENT_READ)
             while not self.stopping:
-                ready = [key.fileobj for key, _ in selector.select()]
-                self.stopping = self.stopping or self._parent_alive in ready
+                selector.select()
                 self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept one connection. Short of descriptors, waits a moment instead of spinning."""
         try:
             connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise
         except (OSError, MemoryError) as error:
-            time.sleep(0.05)
+            if not isinstance(error, BlockingIOError):  # that another worker was quicker
+                time.sleep(0.05)
             raise OSError from error
         connection.setblocking(True)
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
-
-        def has_room() -> bool:
-            return len(self.connections) < self._max_connections
-
-        if has_room():
-            return True
-        now = time.monotonic()
-        idle = [other for other in list(self.connections) if other.reader.evictable_at <= now]
-        if idle:
-            min(idle, key=lambda other: other.reader.evictable_at).hang_up()
-            with self._closed:
-                if self._closed.wait_for(has_room, EVICTION_TIMEOUT):
+        with self._closed:
+            if len(self.connections) < self.max_connections:
+                return True
+            longest = min(self.connections, key=lambda other: other.reader.evictable_at)
+            if longest.reader.evictable_at <= time.monotonic():
+                longest.hang_up()
+                if self._closed.wait(EVICTION_TIMEOUT):
                     return True
         if self.tls is None:  # in the middle of a handshake, this would be noise
             with contextlib.suppress(OSError):
@@ -4014,12 +3954,10 @@ class Server(ThreadingHTTPServer):
         """Have a thread serve a connection: one that has served another, since starting one takes longer."""
         connection = Connection(request, client_address, self)
         with self._closed:
-            self.connections.add(connection)  # before it runs, so that finish_requests misses none
-            idle = self._idle_threads > 0
-            self._idle_threads -= idle
-        if idle:
-            self._handed_over.put(connection)
-            return
+            self.connections.add(connection)  # before it is served, so that finish_requests misses none
+            if self._idle_threads:
+                self._idle_threads -= 1
+                return self._handed_over.put(connection)
         try:
             threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
         except BaseException:  # there are no more threads
@@ -4030,7 +3968,7 @@ class Server(ThreadingHTTPServer):
         """Serve one connection after another; unless enough threads wait for the next one already."""
         while connection:
             try:
-                connection.run()
+                connection.handle()
             except Exception:
                 self.handle_error(None, connection.client_address)
             with self._closed:
@@ -4053,19 +3991,14 @@ class Server(ThreadingHTTPServer):
 
     def finish_requests(self, deadline: float) -> None:
         """Hang up on idle clients, wait for requests in flight, then hang up on those too."""
-        while self.connections and time.monotonic() < deadline:
-            for connection in list(self.connections):
+        with self._closed:
+            for connection in self.connections:
                 if connection.idle:  # TLS has something to say yet
                     connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
-            self._wait_until_closed(0.05)
-        for connection in list(self.connections):
-            connection.hang_up()
-        self._wait_until_closed(1.0)
-
-    def _wait_until_closed(self, timeout: float) -> None:
-        """Wait until all connections have ended, or for so many seconds."""
-        with self._closed:
-            self._closed.wait_for(lambda: not self.connections, timeout)
+            self._closed.wait_for(lambda: not self.connections, deadline - time.monotonic())
+            for connection in self.connections:
+                connection.hang_up()
+            self._closed.wait_for(lambda: not self.connections, 1.0)
 
     def server_close(self) -> None:
         """Free the port, and let the threads end that wait for another connection."""
@@ -4073,12 +4006,6 @@ class Server(ThreadingHTTPServer):
             end.close()
         for _ in range(self._idle_threads):
             self._handed_over.put(None)
-
-    def close_copies(self) -> None:
-        """In a process just forked: close its copies of the sockets, which stay open in the parent."""
-        for connection in self.connections:
-            connection.reader.socket.close()
-        self.server_close()
 
 
 # === Embedding ========================================================================================
@@ -4151,7 +4078,7 @@ class Registry:
         self._resources.callback(self.server.stop_accepting)
         return self
 
-    def open(self, listener: socket.socket | None = None, parent_alive: socket.socket | None = None) -> None:
+    def open(self, listener: socket.socket | None = None) -> None:
         """Open the data directory and listen, unless a listener is given. Raises StartupError."""
         if self in _running:
             raise RuntimeError("this registry is running already")
@@ -4160,7 +4087,7 @@ class Registry:
             resources.callback(_running.discard, self)
             self.store = self._open_store(resources)
             resources.callback(self.store.close)
-            self.server = self._open_server(listener or self.bind(), parent_alive)
+            self.server = self._open_server(listener or self.bind())
             resources.callback(self.server.server_close)
             resources.callback(lambda: self.server.finish_requests(self._stop_deadline))
             if not self.read_only:
@@ -4184,7 +4111,10 @@ class Registry:
     def bind(self) -> socket.socket:
         """A socket that listens where this registry is to. Raises StartupError."""
         try:
-            return listen(self.host, self.port)
+            family, _, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(address[:2], family=family, backlog=1024)
+            listener.setblocking(False)  # another worker may be quicker to accept what woke this one
+            return listener
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartupError(
@@ -4205,9 +4135,9 @@ class Registry:
         if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
             raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
 
-    def _open_server(self, listener: socket.socket, parent_alive: socket.socket | None) -> Server:
+    def _open_server(self, listener: socket.socket) -> Server:
         limit = self.max_connections
-        if resource and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+        if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
@@ -4218,14 +4148,9 @@ class Registry:
                 raise StartupError(f"{error}; name a proxy by address or network, like 10.0.0.0/8") from None
             context = Context(self.store, self._open_access(limit), self.public_url, tls is not None, proxies)
             undo.pop_all()
-        return Server(
-            listener,
-            context,
-            tls=tls,
-            max_connections=limit,
-            parent_alive=parent_alive,
-            log=self.log,
-        )
+        server = Server(listener, context)
+        server.tls, server.max_connections, server.log = tls, limit, self.log
+        return server
 
     def _open_access(self, max_connections: int) -> Access:
         if self._token_key is None and self.users:
@@ -4308,7 +4233,9 @@ def _leave_to_parent() -> None:
     """
     for registry in _running:
         _inherited.add(os.path.realpath(registry.store.files.root))
-        registry.server.close_copies()
+        for connection in registry.server.connections:
+            connection.reader.socket.close()
+        registry.server.server_close()
         registry._resources = contextlib.ExitStack()
     _running.clear()
 
@@ -4324,12 +4251,9 @@ def open_standard_streams() -> None:
 
     Else the next file to be opened gets such a number, and what anything prints is written into it.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it gets the lowest number that is free
 
 
 def print_line(line: str) -> None:
@@ -4340,152 +4264,115 @@ def print_line(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is closed when this process ends
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as the system will: each connection takes one, and often a file with it."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        enough = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS allows no more than that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def pick(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What a command line says of a class's fields; the class has defaults for the others."""
+    return {name: value for name, value in vars(options).items() if name in kind.__annotations__}
+
+
+def policy_of(options: argparse.Namespace) -> Policy:
+    """The garbage collection that a command line asks for."""
+    return Policy(**pick(options, Policy))
+
+
+def announce(registry: Registry) -> None:
+    """Say that connections are accepted now, and what somebody on the network could do with them."""
+    print_line(f"Serving {registry.data} at {registry.url}")
+    if registry.host in ("localhost", "::1") or registry.host.startswith("127."):
+        return
+    warning = "registry.py: warning: "
+    if not (registry.users or registry.read_only):
+        write_log(f"{warning}whoever reaches this port can push, overwrite and delete images; see --users")
+    if not registry.tls_cert:
+        write_log(f"{warning}passwords and images can be read and changed on their way; see --tls-cert")
+
+
 def command_serve(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C. The first lets requests in flight finish, a second one ends at once."""
     raise_descriptor_limit()
-    names = {field.name for field in dataclasses.fields(Registry)} & set(vars(options))
     registry = Registry(
-        **{name: getattr(options, name) for name in names},
         sync=not options.no_sync,
-        limits=Limits(options.max_blob_size, options.min_free),
+        limits=Limits(**pick(options, Limits)),
         policy=policy_of(options),
         log=None if options.quiet else write_log,
+        **pick(options, Registry),
     )
+    listener = None
     if options.workers > 1:
-        Workers(registry, options.workers).run(functools.partial(announce, options, registry))
-        return
-    registry.open()
-    stop_on_signals(registry.server, signal.SIGTERM, signal.SIGINT)
-    announce(options, registry)
-    serve_until_stopped(registry)
-
-
-def stop_on_signals(server: Server, *signals: signal.Signals) -> None:
-    """Let the first of these signals end the server in good order, and a second one at once.
-
-    Whichever thread the system gives a signal to, the wake-up descriptor has the main one notice.
-    """
+        listener = registry.bind()
+        registry.open(listener.dup())  # what is wrong is better said once, and before
+        registry.close()
+        if fork_workers(registry, options.workers) > 0:
+            registry.gc_interval = 0  # the first collects garbage for all
 
     def stop(number: int, frame: object) -> None:
-        if server.stopping:
+        if registry.server.stopping and listener is None:  # a worker may be told by its parent and others too
             os._exit(128 + number)
-        server.stop_accepting()
+        registry.server.stop_accepting()
 
-    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    for number in signals:
-        signal.signal(number, stop)
-
-
-def serve_until_stopped(registry: Registry) -> None:
-    """Serve in this thread, and close what was opened when it is over."""
+    registry.open(listener)
+    # Whichever thread the system gives a signal to, this has the main one notice.
+    signal.set_wakeup_fd(registry.server.waker.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, stop)
+    if listener is None:
+        signal.signal(signal.SIGINT, stop)
+        announce(registry)
     registry.serve()
     signal.set_wakeup_fd(-1)
     registry.close(STOP_TIMEOUT)
 
 
-def announce(options: argparse.Namespace, registry: Registry) -> None:
-    """Say that connections are accepted now, and what somebody on the network could do with them."""
-    print_line(f"Serving {options.data} at {registry.url}")
-    for warning in exposure_warnings(options):
-        write_log(f"registry.py: warning: {warning}")
+def fork_workers(registry: Registry, count: int) -> int:
+    """Return in each of so many new processes, with its number; this one watches over them to the end."""
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    announce(registry)
+    parent_alive, end = os.pipe()
+    workers: dict[int, int] = {}  # each process's number
+
+    def stop_without_parent() -> None:
+        os.read(parent_alive, 1)  # which never comes
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    while True:
+        for number in set(range(count)) - set(workers.values()):
+            process = os.fork()
+            if not process:
+                os.close(end)
+                threading.Thread(target=stop_without_parent, daemon=True).start()
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+                return number
+            workers[process] = number
+        wait_for_end(workers, signals)
 
 
-class Workers:
-    """Processes that share one port and one data directory; one that dies is replaced.
-
-    This process only watches over them. The first worker does the housekeeping for all.
-    """
-
-    def __init__(self, registry: Registry, count: int) -> None:
-        """Raises StartupError where processes cannot be forked."""
-        if not hasattr(os, "fork"):
-            raise StartupError("this system cannot fork; leave --workers out")
-        self._signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
-        self._registry = registry
-        self._count = count
-        self._numbers: dict[int, int] = {}  # each process's number
-        self._stopping = False
-
-    def run(self, announce: Callable[[], None]) -> None:
-        """Serve until SIGTERM or Ctrl-C. Raises StartupError."""
-        self._listener = self._registry.bind()
-        self._parent_alive, self._end = socket.socketpair()
-        self._registry.open(self._listener.dup())  # what is wrong is better said once, and before
-        announce()
-        self._registry.close()
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        for number in range(self._count):
-            self._start(number)
-        self._replace_dead()  # whoever ended before the signal was waited for
-        while self._numbers:
-            arrived = signal.sigwait(self._signals)
-            if arrived == signal.SIGCHLD:
-                self._replace_dead()
-            else:
-                self._stop(arrived)
-
-    def _replace_dead(self) -> None:
+def wait_for_end(workers: dict[int, int], signals: set[signal.Signals]) -> None:
+    """Forget a worker that has ended. Told to stop, stop them all, and exit; told twice, at once."""
+    before, stopping = len(workers), False
+    os.kill(os.getpid(), signal.SIGCHLD)  # whoever ended before that was waited for has not told
+    while len(workers) == before or stopping:
+        arrived = signal.sigwait(signals)
         with contextlib.suppress(ChildProcessError):
-            while (process := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                number = self._numbers.pop(process, None)  # none of ours: whoever is process 1 inherits some
-                if number is not None and not self._stopping:
-                    time.sleep(RESTART_DELAY)
-                    self._start(number)
-
-    def _start(self, number: int) -> None:
-        process = os.fork()
-        if not process:
-            self._work(number)
-        self._numbers[process] = number
-
-    def _work(self, number: int) -> NoReturn:
-        """What a worker does: it stops when it is told to, or when the process that watches it is gone."""
-        status = 1
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
-            self._end.close()
-            self._registry.gc_interval = 0 if number else self._registry.gc_interval
-            self._registry.open(self._listener, self._parent_alive)
-            stop_on_signals(self._registry.server, signal.SIGTERM)
-            serve_until_stopped(self._registry)
-            status = 0
-        except BaseException:
-            write_log(traceback.format_exc(), end="")
-        finally:
-            os._exit(status)
-
-    def _stop(self, number: int) -> None:
-        """The first signal ends the workers in good order, a second one at once."""
-        for process in self._numbers:
-            os.kill(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
-        if self._stopping:
-            os._exit(128 + number)
-        self._stopping = True
-
-
-def exposure_warnings(options: argparse.Namespace) -> list[str]:
-    """What somebody on the network could do to a registry that listens beyond this machine."""
-    if options.host in ("localhost", "::1") or options.host.startswith("127."):
-        return []
-    warnings = []
-    if not (options.users or options.read_only):
-        warnings.append("anybody who reaches this port can push, overwrite and delete images; see --users")
-    if not options.tls_cert:
-        warnings.append("passwords and images can be read and changed on their way; see --tls-cert")
-    return warnings
-
-
-def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system will: each connection takes one, and often a file with it."""
-    if resource is None:
-        return
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        enough = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS allows no more than that
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+            while process := os.waitpid(-1, os.WNOHANG)[0]:
+                workers.pop(process, None)  # none of ours: whoever is process 1 inherits some
+        if arrived != signal.SIGCHLD:
+            for process in workers:
+                os.kill(process, signal.SIGKILL if stopping else signal.SIGTERM)
+            if stopping:
+                os._exit(128 + arrived)
+            stopping = True
+        if stopping and not workers:
+            sys.exit()
+    time.sleep(0.5)  # the next one may end as soon
 
 
 class Progress:
@@ -4608,127 +4495,95 @@ def open_existing_store(data: str, *, change: bool = True) -> Store:
     return open_store(data, read_only=not change and is_read_only(data))
 
 
-def policy_of(options: argparse.Namespace) -> Policy:
-    """The garbage collection that a command line asks for."""
-    return Policy(options.grace, options.untagged_after, options.keep_last, options.max_size)
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
+BYTES = {f"{prefix}{unit}": KIB**power for power, prefix in enumerate("KMGT", 1) for unit in ("", "B", "iB")}
 
 
-def parse_duration(text: str, shortest: float = 0.0) -> float:
-    """Seconds, from a number with s, m, h or d behind it."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write one like 30s, 5m, 1h or 7d")
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    if seconds < shortest:
-        raise argparse.ArgumentTypeError(f"{text} is too short for a push; take {shortest:.0f}s or more")
-    return seconds
+def number_type(
+    what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = COUNT_LIMIT
+) -> dict[str, Any]:
+    """For add_argument: a whole number within bounds, or any with one of the units behind it."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+(?=[A-Za-z]))?)([A-Za-z]*)", text)
+        value = float(match[1]) * {"": 1, **units}.get(match[2], math.nan) if match else math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value if units is SECONDS else int(value)
+
+    return {"type": parse}
 
 
-def parse_size(text: str) -> int:
-    """Bytes, from a number with K, M, G or T behind it, each 1024 times the one before."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 64M or 50G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
-
-
-def parse_number(text: str, least: int = 0, most: int = 10**9) -> int:
-    """A whole number within bounds."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
-    return int(text)
-
-
-# fmt: off
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """What serving and gc have in common."""
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="data directory (default: ./data)")
-    add("--untagged-after", metavar="AGE", type=parse_duration,
-        help="remove manifests that have been without a tag for so long, such as 7d; else never")
-    add("--keep-last", metavar="N", type=parse_number,
-        help="but keep the newest N untagged images of each repository")
-    add("--grace", metavar="AGE", type=functools.partial(parse_duration, shortest=SHORTEST_GRACE),
-        help="leave alone what a client pushed or asked for so recently (default: 1h)")
-    add("--max-size", metavar="SIZE", type=parse_size,
-        help="remove the least recently pulled images while the store is larger, such as 50G")
-
-
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how to serve, and whom."""
-    add, positive = parser.add_argument, functools.partial(parse_number, least=1)
-    add("--host", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
-    add("--port", metavar="PORT", type=functools.partial(parse_number, most=65535),
-        help="port to listen on, 0 for a free one (default: 5000)")
-    add("--workers", metavar="N", type=positive,
-        help="serve with so many processes, for more than one core's worth (default: 1)")
-    add("--max-connections", metavar="N", type=positive,
-        help=f"serve so many clients at once, for each process (default: {MAX_CONNECTIONS})")
-    add("--read-only", action="store_true", help="serve pulls only; the disk may be read-only")
-    add("--sparse", action="store_true", help="accept manifests whose layers or children are absent")
-    add("--no-sync", action="store_true",
-        help="do not wait for the disk: faster, and a power cut may lose or damage what was pushed")
-    add("--max-blob-size", metavar="SIZE", type=parse_size, help="refuse larger blobs")
-    add("--min-free", metavar="SIZE", type=parse_size,
-        help="refuse pushes that would leave less of the disk free (default: 64M)")
-    add("--gc-interval", metavar="AGE", type=parse_duration,
-        help="collect garbage so often, 0 for never (default: 1h)")
-    add("--users", metavar="FILE", help="let only the users of this htpasswd file in; see the command passwd")
-    add("--grants", metavar="FILE", help="what they may do: lines of who, repositories, actions")
-    add("--anonymous-pull", action="store_true", help="let everybody pull")
-    add("--trusted-proxy", metavar="ADDR", action="append", dest="trusted_proxies",
-        help="believe the X-Forwarded headers of this address or network; may be repeated")
-    add("--public-url", metavar="URL", help="how clients reach this registry, if a proxy does not say")
-    add("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
-    add("--tls-key", metavar="FILE", help="its private key, if that is in another file")
-    add("--quiet", action="store_true", help="no access log on standard error")
+# The commands that have an option, the option, what it takes, and its help with its default.
+OPTIONS = """
+serve gc verify  --data DIR            data directory (default: ./data)
+serve            --host HOST           address to listen on (default: 127.0.0.1)
+serve            --port PORT           port to listen on, 0 for a free one (default: 5000)
+serve            --workers N           serve with so many processes, to use more than one core (default: 1)
+serve            --max-connections N   serve so many clients at once, for each process (default: 1024)
+serve            --read-only           serve pulls only; the disk may be read-only
+serve            --sparse              accept manifests whose layers or children are absent
+serve            --no-sync             faster, but a power cut may lose or damage what was pushed
+serve            --max-blob-size SIZE  refuse larger blobs
+serve            --min-free SIZE       refuse pushes that would leave less of the disk free (default: 64M)
+serve            --users FILE          let only the users of this htpasswd file in; see the command passwd
+serve            --grants FILE         what they may do: lines of who, repositories, actions
+serve            --anonymous-pull      let everybody pull
+serve            --trusted-proxy ADDR  believe the X-Forwarded headers of this address or network; repeatable
+serve            --public-url URL      how clients reach this registry, if a proxy does not say
+serve            --tls-cert FILE       serve HTTPS with this certificate chain (PEM)
+serve            --tls-key FILE        its private key, if that is in another file
+serve            --quiet               no access log on standard error
+serve            --gc-interval AGE     collect garbage so often, 0 for never (default: 1h)
+serve gc         --untagged-after AGE  remove manifests that have had no tag for so long, such as 7d
+serve gc         --keep-last COUNT     but keep the newest so many of each repository's untagged images
+serve gc         --grace GRACE         leave alone what a client pushed or asked for since (default: 1h)
+serve gc         --max-size SIZE       remove the images least recently pulled while the store is larger
+gc               --dry-run             only say what would be removed, from a copy in a temporary directory
+gc               --all                 also look for what a crash left under blobs/, as the daemon does daily
+verify           --repair              move damaged files aside so that clients push them again
+verify           --force               repair even when most files are missing
+passwd           name NAME             the user
+passwd           --users HTPASSWD      the htpasswd file, made if missing
+passwd           --delete              remove the user instead
+"""
+# What argparse is to know of those that take something else than a text.
+KINDS: dict[str, dict[str, Any]] = {
+    "PORT": number_type("a port number", most=65535),
+    "N": number_type("a whole number, 1 or more", least=1),
+    "COUNT": number_type("a whole number"),
+    "SIZE": number_type("a size like 64M or 50G", units=BYTES),
+    "AGE": number_type("a duration like 30s, 5m, 1h or 7d", units=SECONDS),
+    "GRACE": number_type("a duration of 10s or more", units=SECONDS, least=SHORTEST_GRACE),
+    "ADDR": {"action": "append", "dest": "trusted_proxies"},
+    "HTPASSWD": {"required": True},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: serving, and the other commands as subcommands beside it.
 
-    Only what is given becomes an attribute, so that what stands before a command holds for it too; the
-    defaults are set once, at the end.
+    Only what is given becomes an attribute, so that what stands before a command holds for it too.
     """
     common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(
-        prog="registry.py", description="A container registry. Without a command, it serves.", **common
-    )
+    text = "A container registry. Without a command, it serves."
+    parser = argparse.ArgumentParser(prog="registry.py", description=text, **common)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    add_policy_options(parser)
-    add_serve_options(parser)
+    parser.set_defaults(command=command_serve)
+    parsers = {"serve": parser}
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def add_command(command: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
-        name = command.__name__.replace("command_", "")
-        subparser = commands.add_parser(name, help=text, description=text, **common)
-        subparser.set_defaults(command=command)
-        return subparser
-
-    gc = add_command(command_gc, "remove what nothing needs any more")
-    add_policy_options(gc)
-    gc.add_argument("--dry-run", action="store_true",
-        help="only say what would be removed, from a copy of the database in a temporary directory")
-    gc.add_argument("--all", action="store_true",
-        help="also remove files that a crash left under blobs/, as the daemon does daily")
-    verify = add_command(command_verify, "check every file and every row")
-    verify.add_argument("--data", metavar="DIR", help="data directory (default: ./data)")
-    verify.add_argument("--repair", action="store_true",
-        help="move damaged files aside so that clients push them again")
-    verify.add_argument("--force", action="store_true", help="repair even when most files are missing")
-    passwd = add_command(command_passwd, "set a user's password")
-    passwd.add_argument("name", metavar="NAME", help="the user")
-    passwd.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file, made if missing")
-    passwd.add_argument("--delete", action="store_true", help="remove the user instead")
-    parser.set_defaults(
-        command=command_serve, data="./data", host="127.0.0.1", port=5000, workers=1,
-        max_connections=MAX_CONNECTIONS, read_only=False, sparse=False, no_sync=False, max_blob_size=None,
-        min_free="64M", gc_interval="1h", untagged_after=None, keep_last=0, grace="1h", max_size=None,
-        users=None, grants=None, anonymous_pull=False, trusted_proxies=[], public_url=None, tls_cert=None,
-        tls_key=None, quiet=False, dry_run=False, all=False, repair=False, force=False, delete=False,
-    )
+    for command in (command_gc, command_verify, command_passwd):
+        name, text = command.__name__.replace("command_", ""), command.__doc__ or ""
+        parsers[name] = commands.add_parser(name, help=text, description=text, **common)
+        parsers[name].set_defaults(command=command)
+    flag = {"action": "store_true", "default": False}
+    for names, option, metavar, text in re.findall(r"^([a-z ]+?)  +(\S+) ?([A-Z]*)  +(.+)", OPTIONS, re.M):
+        kind = {"metavar": metavar, **KINDS.get(metavar, {})} if metavar else flag
+        for name in names.split():
+            action = parsers[name].add_argument(option, help=text, **kind)
+            if name == "serve" and (default := re.search(r"\(default: (.+)\)", text)):
+                parser.set_defaults(**{action.dest: default[1]})
     return parser
-# fmt: on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

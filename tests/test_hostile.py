@@ -48,8 +48,7 @@ HELD = 1000  # hostile connections at once
 
 def allow_many_files() -> None:
     """As many open files as the system lets us have: each connection of a test takes one."""
-    if registry.resource is not None:
-        registry.raise_descriptor_limit()
+    registry.raise_descriptor_limit()
 
 
 # === Slow clients ===
@@ -186,7 +185,6 @@ class ConnectionLimitTest(HTTPTestCase):
         self.assert_status(connection.read(), 100)
         return connection
 
-    @unittest.skipIf(registry.resource is None, "this system sets no such limit")
     def test_there_are_no_more_than_files_to_answer_them_from(self) -> None:
         few = (128, registry.resource.getrlimit(registry.resource.RLIMIT_NOFILE)[1])
         with mock.patch.object(registry.resource, "getrlimit", return_value=few), registry.Registry() as one:

@@ -196,7 +196,7 @@ class HeadTest(ParsingTest):
         self.assert_raises(ErrorCode.BAD_REQUEST, length, {"transfer-encoding": "chunked"}, "HTTP/1.0")
 
     def test_the_date_is_the_standards(self) -> None:
-        self.assertIn("Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n", registry.common_headers(784111777))
+        self.assertEqual(registry.format_date(784111777), "Sun, 06 Nov 1994 08:49:37 GMT")
 
 
 class RouteTest(ParsingTest):

@@ -11,7 +11,7 @@ import time
 import unittest
 from pathlib import Path
 
-from tests.support import ROOT, TIMEOUT, Daemon, HTTPTestCase, digest_of, unique
+from tests.support import ROOT, TIMEOUT, Daemon, HTTPTestCase, RawConnection, digest_of, unique
 
 
 def children(process: int) -> set[int]:
@@ -115,6 +115,19 @@ class WorkersTest(HTTPTestCase):
         workers = self.workers()
         self.assertEqual(self.daemon.stop(), 0)
         self.assertFalse([worker for worker in workers if is_alive(worker)])
+
+    def test_a_worker_that_is_told_twice_to_stop_finishes_what_it_serves(self) -> None:
+        """As when a service manager tells every process of a service, and the one that watches does too."""
+        content = unique()
+        with RawConnection(self.daemon.client.host) as connection:
+            path = self.daemon.client.path(f"blobs/uploads/?digest={digest_of(content)}")
+            connection.request("POST", path, f"Content-Length: {len(content)}", "Expect: 100-continue")
+            self.assert_status(connection.read(), 100)
+            self.daemon.signal(signal.SIGTERM)
+            self.wait_for(lambda: len(self.workers()) == 1)
+            os.kill(min(self.workers()), signal.SIGTERM)
+            self.assert_status(connection.send(content).read(), 201)
+        self.assertEqual(self.daemon.wait(), 0)
 
     def test_workers_do_not_outlive_the_process_that_watches_them(self) -> None:
         workers = self.workers()

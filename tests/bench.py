@@ -366,8 +366,8 @@ def version_of(*command: str, pattern: str = r"v?(\d+\.\d+\.\d+\S*)") -> str:
 EVERYTHING = frozenset(("small", "download", "upload", "images", "process", "growth"))
 
 
-def our_servers(source: Path) -> Iterator[Server]:
-    """This registry, from the copy of it that is measured, with one process and with two."""
+def our_servers(source: Path, title: str = "registry.py") -> Iterator[Server]:
+    """This registry, from a copy of it, with one process and with two; another version only with one."""
     usage = output_of(sys.executable, str(source / "registry.py"), "--help")
     version = version_of(sys.executable, str(source / "registry.py"), "--version", pattern=r"(\d\S*)")
     has_tls = "--tls-cert" in usage
@@ -381,8 +381,9 @@ def our_servers(source: Path) -> Iterator[Server]:
 
         return give
 
-    yield Server("registry.py", version, commands(()), EVERYTHING | {"embed"}, has_tls=has_tls, ours=True)
-    if "--workers" in usage:
+    groups = EVERYTHING | {"embed"} if title == "registry.py" else EVERYTHING
+    yield Server(title, version, commands(()), groups, has_tls=has_tls, ours=True)
+    if "--workers" in usage and title == "registry.py":
         groups = frozenset(("small", "upload", "images"))
         yield Server("registry.py, 2 workers", version, commands(("--workers", "2")), groups, ours=True)
 
@@ -1010,12 +1011,11 @@ def report_servers(servers: list[Server], absent: list[str]) -> str:
 # === Command line ===
 
 
-def copy_source(directory: Path) -> Path:
+def copy_source(original: Path, source: Path) -> Path:
     """The registry that is measured: a copy, so that one run measures one version. With a certificate."""
-    source = directory / "source"
     source.mkdir()
     for name in ("registry.py", "schema.sql"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(original / name, source)
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=bench"
     )
@@ -1027,7 +1027,10 @@ def copy_source(directory: Path) -> Path:
 def run(options: argparse.Namespace, directory: Path) -> None:
     """Measure and print."""
     before = report_machine(directory)
-    servers, absent = installed_servers(copy_source(directory))
+    servers, absent = installed_servers(copy_source(ROOT, directory / "source"))
+    if options.beside:
+        other = copy_source(Path(options.beside), directory / "beside")
+        servers[1:1] = our_servers(other, "registry.py, beside")
     wanted = options.servers.split(",") if options.servers else []
     servers = [s for s in servers if not wanted or any(word in s.title for word in wanted)]
     rows = [row for row in ROWS if not options.rows or row.key in options.rows.split(",")]
@@ -1067,6 +1070,7 @@ def main() -> int:
     parser.add_argument(
         "--servers", metavar="WORD,…", help="only servers whose names have one of these in them"
     )
+    parser.add_argument("--beside", metavar="DIR", help="and another version of this registry, from DIR")
     parser.add_argument("--directory", help="where the data goes (default: the system's temporary directory)")
     options = parser.parse_args()
     missing = [name for name in ("wrk", "curl") if not program(name)]

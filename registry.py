@@ -488,12 +488,10 @@ def hash_file(file: io.FileIO, algorithm: str) -> str:
 
 
 class UploadFile(io.FileIO):
-    """A file under uploads/ that this thread alone may write to, hashed as it grows.
+    """A file under uploads/ that this thread alone may write to (flock), hashed as it grows.
 
-    The lock is the file's own (flock), so it holds between processes and ends with them. It is on a
-    descriptor that can only read; one that writes is open within append and truncate and nowhere else, so
-    that a file is never open for writing once it is under blobs/. Of a session, the file stays when this is
-    closed; any other is gone then, unless it was made a blob.
+    It is open for reading; for writing only within append and truncate, and so never once it is under blobs/.
+    A session's file stays when this is closed; any other is gone then, unless it was made a blob.
     """
 
     LARGE = threading.BoundedSemaphore(32)  # uploads at once with large buffers
@@ -579,8 +577,7 @@ class UploadFile(io.FileIO):
             self.size += written
             data = data[written:]
         if self.size - self._flushed >= 8 * MIB and hasattr(os, "posix_fadvise"):
-            # Have the disk begin with what sync would else wait for all at once: that is what Linux does on
-            # this advice, which is about pages that are no longer dirty.
+            # On this advice, Linux begins to write what sync would else wait for all at once.
             os.posix_fadvise(file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
@@ -601,8 +598,7 @@ class UploadFile(io.FileIO):
     def hash_state(self) -> tuple[Any, object] | None:
         """The running hash, and how to tell that the file still has no other bytes than those in it.
 
-        Other processes write to it too, and what they write may be as long. So it is given a time of change
-        that no write and nobody else gives it. None where the file system does not keep that.
+        What other processes write may be as long: so it gets a time that no write and nobody else gives it.
         """
         moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
         with contextlib.suppress(OSError):
@@ -843,15 +839,12 @@ _log_indexes_lock = threading.Lock()
 
 
 def map_log_index(path: str) -> mmap.mmap | None:
-    """The head of registry.db-shm, the index of SQLite's log, which changes with every commit of any process.
+    """The head of registry.db-shm, which changes with every commit of any process; None if it cannot be had.
 
-    SQLite writes it anew before anybody can see what was committed (walformat.html, 2.1), and a look at it
-    costs next to nothing. PRAGMA data_version tells the same, but halves the rate of GETs, since each query
-    lets other threads run. None where SQLite cannot write to the file, and may hold no lock on its size.
-
+    It is the index of SQLite's log, written before anybody can see what was committed (walformat.html, 2.1).
+    PRAGMA data_version tells the same, but halves the rate of GETs, since each query lets other threads run.
     A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
-    one. So all stores of this process share one descriptor and mapping of a file, and those stay until SQLite
-    has removed the file: when nobody has the database open any more.
+    one: so all stores of a process share one, which stays until SQLite has removed the file.
     """
     with _log_indexes_lock:
         for key, (descriptor, index) in list(_log_indexes.items()):
@@ -960,17 +953,12 @@ class Store:
         self,
         root: str | os.PathLike[str],
         *,
-        sparse: bool = False,
-        durable: bool = True,
-        read_only: bool = False,
+        sparse: bool = False,  # accept manifests whose layers, and indexes whose children, are absent
+        durable: bool = True,  # what was acknowledged survives a power cut
+        read_only: bool = False,  # change nothing, not even what is kept of pulls
         limits: Limits | None = None,
     ) -> None:
-        """Open a data directory, made if missing. Raises StartupError when that cannot be.
-
-        sparse: accept manifests whose layers, and indexes whose children, are absent.
-        durable: what was acknowledged survives a power cut.
-        read_only: change nothing, not even what is kept of pulls; the medium may be read-only too.
-        """
+        """Open a data directory, made if missing. Raises StartupError when that cannot be."""
         self.sparse = sparse
         self.read_only = read_only
         self.files = Files(os.fspath(root), durable=durable, limits=limits or Limits())
@@ -1108,13 +1096,10 @@ class Store:
         """Wait until a commit of this store, or else all that anybody has committed by now, is on the disk.
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
-        the disk takes its time, and one sync serves all who committed before it began. What a commit builds
-        on lies before it in the log. Before the log is begun anew, by whatever process, SQLite syncs it, and
-        the database with all it said (wal.html, 3). While this store has the database open, nobody removes
-        the log, so the descriptor is always that of the right file.
-
-        A sync that failed is not tried again: the system may have dropped what it could not write, and would
-        report success. Nothing is acknowledged then until a restart, which reads the log up to what is bad.
+        the disk takes its time, and one sync serves all who committed before it began. Before the log is
+        begun anew, SQLite syncs it, and the database with all it said (wal.html, 3); while this store is open,
+        nobody removes it. A sync that failed is not tried again: the system may have dropped what it could
+        not write, and would report success.
         """
         if not self.files.durable:
             return

@@ -1097,7 +1097,7 @@ class Store:
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
         the disk takes its time, and one sync serves all who committed before it began. Before the log is
-        begun anew, SQLite syncs it, and the database with all it said (wal.html, 3); while this store is open,
+        begun anew, SQLite syncs it, and the database with all it says (wal.html, 3); while this is open,
         nobody removes it. A sync that failed is not tried again: the system may have dropped what it could
         not write, and would report success.
         """

@@ -140,7 +140,7 @@ class CommitsReachTheDisk(HTTPTestCase):
             digest = Client(running.netloc, "log").push_blob(unique())
             with other.transaction(durable=False) as db:
                 ((repository,),) = db.execute("SELECT repository_id FROM repository_blobs").fetchall()
-                other.unlink(db, repository, digest)
+                db.execute(other.UNLINK, (repository, digest))
             steps.clear()
             running.store.remove_pending()
         self.assertEqual(steps[:2], ["sync", "unlink"])

@@ -17,7 +17,7 @@ TOP = Path(__file__).resolve().parent.parent
 SOURCE = (TOP / "registry.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 STANDARD_LIBRARY = set(
-    "argparse base64 collections concurrent contextlib ctypes dataclasses email enum errno fcntl"
+    "argparse base64 bisect collections concurrent contextlib ctypes dataclasses email enum errno fcntl"
     " functools getpass hashlib heapq hmac http io ipaddress itertools json math mmap os pathlib"
     " queue re resource secrets selectors shutil signal socket socketserver sqlite3 ssl stat struct"
     " sys tempfile threading time traceback typing urllib __future__".split()

@@ -123,7 +123,7 @@ DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
 COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
-BUFFER_SIZE = 1 * MIB  # each of a large upload's two buffers
+BUFFER_SIZE = 1 * MIB  # sent or read at a time
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -560,7 +560,7 @@ class UploadFile(io.FileIO):
                             stack.callback(self.LARGE.release)
                             thread = stack.enter_context(ThreadPoolExecutor(1))
                             writing = thread.submit(int)
-                            buffer, spare = (memoryview(bytearray(BUFFER_SIZE)) for _ in range(2))
+                            buffer, spare = memoryview(bytearray(MIB)), memoryview(bytearray(MIB))
             finally:
                 if writing:
                     writing.result()

@@ -870,6 +870,8 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
         uri, uri=True, timeout=DATABASE_TIMEOUT, isolation_level=None, check_same_thread=False
     )
     connection.execute("PRAGMA foreign_keys = ON")
+    if "unix-none" in mode:  # which has no locks, and so no index of the log that others see
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     return connection
 
 
@@ -884,7 +886,7 @@ class Database:
         self._path = path
         self._idle: list[sqlite3.Connection] = []  # a stack, so that few stay warm
         self._states: tuple[Any, Any] | None = None  # of the files, where they are read without locks
-        self._mode = "ro" if read_only else "rw"
+        self.connect = functools.partial(connect, path, "ro" if read_only else "rw")
         try:
             self.query("PRAGMA user_version")
         except sqlite3.OperationalError as error:
@@ -892,7 +894,8 @@ class Database:
             if not read_only or is_busy(error):
                 raise
             self._states = _, log = self._look()
-            self._mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
+            mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
+            self.connect = functools.partial(connect, path, mode)
         self._index = None if self._states else map_log_index(f"{path}-shm")
 
     def _look(self) -> tuple[Any, Any]:
@@ -907,13 +910,6 @@ class Database:
         if self._index is not None:
             return self._index[:]
         return self._states and self._look()
-
-    def connect(self) -> sqlite3.Connection:
-        """A connection for queries."""
-        connection = connect(self._path, self._mode)
-        if self._states:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # keeps the log's index in memory
-        return connection
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """The rows of one query."""
@@ -1290,18 +1286,17 @@ class Store:
             upload = UploadFile(self.files, session)
         except FileNotFoundError:
             raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session) from None
-        try:
+        with upload:
             upload.resume_hash(self._hashes.get(session))
             self._hashes.forget(session)
-            yield upload
+            try:
+                yield upload
+            except Exception as error:
+                if is_out_of_space(error):
+                    upload.unlink()
+                raise
             if os.path.lexists(upload.path):
                 self._hashes.put(session, upload.hash_state(), UPLOAD_LIFETIME)
-        except Exception as error:
-            if is_out_of_space(error):
-                upload.unlink()
-            raise
-        finally:
-            upload.close()
 
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""

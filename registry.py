@@ -313,13 +313,6 @@ def parse_digest(text: str) -> str:
     return text
 
 
-def parse_algorithm(text: str) -> str:
-    """A digest algorithm by its name; DIGEST_INVALID for one that is not served."""
-    if text not in ALGORITHMS:
-        raise RegistryError(ErrorCode.DIGEST_INVALID, text)
-    return text
-
-
 def algorithm_of(digest: str) -> str:
     """The algorithm that a well-formed digest names."""
     return digest.partition(":")[0]
@@ -437,11 +430,6 @@ def _descriptors(values: object, member: str) -> list[Any]:
 def no_follow(path: str, flags: int) -> int:
     """An opener for open() that follows no link which somebody may have put into the data directory."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def is_read_only(path: str) -> bool:
-    """Whether a path is on a file system that nobody can write to, as far as this system tells."""
-    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def sync_directory(path: str) -> None:
@@ -1308,11 +1296,6 @@ class Store:
                     return status.st_size
         raise RegistryError(ErrorCode.BLOB_UPLOAD_UNKNOWN, session)
 
-    def cancel_session(self, name: str, session: str) -> None:
-        """End an upload session and drop its bytes. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
-        with self.session(name, session) as upload:
-            upload.unlink()
-
     def finish_upload(self, name: str, upload: UploadFile, digest: str) -> None:
         """Make an upload the repository's blob of this digest, durably. Raises what Files.place does."""
         with self._placed(upload, digest) as db:
@@ -1846,15 +1829,12 @@ class Verifier:
             if status.st_size < size:
                 return "truncated", state
             with open(path, "rb", buffering=0, opener=no_follow) as file:
-                running = hashlib.new(algorithm_of(digest))
-                buffer = memoryview(bytearray(min(BUFFER_SIZE, max(size, 1))))
-                while count := file.readinto(buffer):
-                    running.update(buffer[:count])
+                actual = hash_file(file, algorithm_of(digest))
         except FileNotFoundError:
             return "missing", state
         except OSError as error:  # reading does not say which file
             raise OSError(error.errno, error.strerror, path) from error
-        return "" if digest.endswith(f":{running.hexdigest()}") else "corrupt", state
+        return "" if actual == digest else "corrupt", state
 
     def _confirm(self, digest: str, damage: str, state: object, repair: bool) -> Iterator[Finding]:
         """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
@@ -2700,7 +2680,9 @@ def upload_start(request: Request, name: str) -> Reply:
     if mount is not None and mount_blob(request, name, parse_digest(mount)):
         return created(name, "blobs", mount)
     if digest is None:
-        algorithm = parse_algorithm(request.parameter("digest-algorithm") or "sha256")
+        algorithm = request.parameter("digest-algorithm") or "sha256"
+        if algorithm not in ALGORITHMS:
+            raise RegistryError(ErrorCode.DIGEST_INVALID, algorithm)
         return Reply(202, session_headers(name, request.store.start_session(name, algorithm), 0))
     with request.store.files.new_upload(algorithm_of(parse_digest(digest))) as upload:
         receive(request, upload)
@@ -2761,7 +2743,8 @@ def upload_status(request: Request, name: str, session: str) -> Reply:
 
 def upload_cancel(request: Request, name: str, session: str) -> Reply:
     """Drop an upload session (end-14)."""
-    request.store.cancel_session(name, session)
+    with request.store.session(name, session) as upload:
+        upload.unlink()
     return Reply(204)
 
 
@@ -3432,11 +3415,6 @@ def pick(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in kind.__annotations__}
 
 
-def policy_of(options: argparse.Namespace) -> Policy:
-    """The garbage collection that a command line asks for."""
-    return Policy(**pick(options, Policy))
-
-
 def announce(registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
     print_line(f"Serving {registry.data} at {registry.url}")
@@ -3455,7 +3433,7 @@ def command_serve(options: argparse.Namespace) -> None:
     registry = Registry(
         sync=not options.no_sync,
         limits=Limits(**pick(options, Limits)),
-        policy=policy_of(options),
+        policy=Policy(**pick(options, Policy)),
         log=None if options.quiet else write_log,
         **pick(options, Registry),
     )
@@ -3538,7 +3516,7 @@ def command_gc(options: argparse.Namespace) -> None:
         print_line(f"{removal.kind} {where}{removal.digest} {removal.size}")
 
     with contextlib.closing(open_existing_store(options.data)) as store:
-        collector = Collector(store, policy_of(options), report)
+        collector = Collector(store, Policy(**pick(options, Policy)), report)
         collector.run(walk=options.all, dry_run=options.dry_run)
     print_line(f"{'would remove' if options.dry_run else 'removed'} {collector.summary() or 'nothing'}")
 
@@ -3610,7 +3588,7 @@ def open_existing_store(data: str, *, change: bool = True) -> Store:
     """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
-    return open_store(data, read_only=not change and is_read_only(data))
+    return open_store(data, read_only=not change and bool(os.statvfs(data).f_flag & os.ST_RDONLY))
 
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}

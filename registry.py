@@ -3032,8 +3032,6 @@ class Connection(socketserver.BaseRequestHandler):
                 reply = error_reply(error, request)
             keep = self._send(request, reply)
         finally:
-            if isinstance(reply.body, FileRange):
-                reply.body.file.close()
             if self.server.log:
                 target = re.sub("//[^/?]*@", "//", request.target)[:500]  # a URL may hold a password
                 agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # one field, as it is quoted
@@ -3058,12 +3056,14 @@ class Connection(socketserver.BaseRequestHandler):
         if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
             self.reader.evictable_at = self.reader.served_at + EVICTION_DELAY
         keep = request.persistent and not self.server.stopping and request.body.drainable
-        head, body = encode_head(reply, keep=keep), b"" if request.method == "HEAD" else reply.body
-        if isinstance(body, bytes):
-            self.reader.send(head + body)
+        head, bodiless = encode_head(reply, keep=keep), request.method == "HEAD"
+        if isinstance(reply.body, bytes):
+            self.reader.send(head if bodiless else head + reply.body)
         else:
-            self.reader.send(head, more=True)
-            self.reader.send_file(body)
+            with reply.body.file:
+                self.reader.send(head, more=not bodiless)
+                if not bodiless:
+                    self.reader.send_file(reply.body)
         return keep
 
 

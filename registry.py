@@ -670,10 +670,8 @@ class Files:
         return file
 
     def place(self, upload: UploadFile, digest: str) -> None:
-        """Make an upload the content with this digest, durably: the only way into blobs/.
-
-        A file that is there already is replaced, which mends a damaged one. Raises DIGEST_INVALID.
-        """
+        """Make an upload the content with this digest, durably: the only way into blobs/."""
+        # Raises DIGEST_INVALID. A damaged file in its place is replaced, and so mended.
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
             upload.unlink()
@@ -864,10 +862,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 class Database:
-    """registry.db, for queries: pooled connections, and what tells whether anything was committed.
-
-    Where SQLite cannot have its locks, it is read without them, while the files stay as they are.
-    """
+    """registry.db, for queries; without locks where SQLite cannot have them, while the files stay so."""
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Raises sqlite3.Error, OSError."""
@@ -1218,10 +1213,7 @@ class Store:
             ((last,),) = rows[-1:]
 
     def remove_files(self, digests: Iterable[str]) -> None:
-        """Remove those of these files whose rows are gone; under the write lock, so that no push needs one.
-
-        One that cannot be removed stays among the pending deletes, for remove_pending to try again.
-        """
+        """Remove those of these files whose rows are gone; under the write lock, or a push might need one."""
         sql = "SELECT 1 FROM pending_deletes WHERE digest = ?"
         with self.transaction(durable=False, frees=True) as db:
             pending = [digest for digest in digests if db.execute(sql, (digest,)).fetchall()]
@@ -1377,9 +1369,9 @@ class Store:
     def put_manifest(
         self, name: str, reference: str, manifest: Manifest, content: bytes, *, tags: list[str], check: Check
     ) -> str:
-        """Store a parsed manifest under a tag or its digest, durably, with more tags, and return its digest.
+        """Store a parsed manifest, durably, if check lets what the reference named go; returns its digest.
 
-        check is asked about what the reference names till then. Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN.
+        Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN.
         """
         digest = reference if is_digest(reference) else digest_of(content)
         with self.files.new_upload(algorithm_of(digest)) as upload:
@@ -1612,10 +1604,7 @@ class Collector:
             self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
-        """Drop a manifest that is old, with what only it kept, unless something keeps it, but for a tag, say.
-
-        Returns what it kept and others keep as well.
-        """
+        """Drop an old manifest that nothing keeps but a tag, say, with what only it kept. Returns the rest."""
         keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
@@ -2163,10 +2152,7 @@ class Access:
         return name
 
     def _stand_in(self, users: dict[str, Any], name: str) -> Any:
-        """Whose password to check for a name that is nobody's, so that time tells nothing.
-
-        It is always the same one's for a name, since users need not all have hashes that take equally long.
-        """
+        """Whose password to check for a name that is nobody's; always the same, or time would tell."""
         others = list(users.values()) or [("", lambda _: False)]
         return others[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(others)]
 
@@ -2245,10 +2231,7 @@ class FileRange(NamedTuple):
 
 
 class SocketReader:
-    """A connection's bytes: heads, lines and bodies, each bounded in size and time.
-
-    Every method raises ClientGone when the client hangs up or stalls.
-    """
+    """A connection's bytes, bounded in size and time. All raise ClientGone if it hangs up or stalls."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -2299,10 +2282,7 @@ class SocketReader:
         self._within(HEADER_TIMEOUT, self.socket.do_handshake)  # type: ignore[attr-defined]
 
     def read_head(self) -> bytes:
-        """The next request's head, its last line unterminated.
-
-        What is too large or malformed already comes as far as it was read, for Request.parse to refuse.
-        """
+        """The next request's head; one that is to be refused comes as far as it was read."""
         head, self._pending, self.deadline = bytes(self._pending), b"", 0.0
         while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
             too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
@@ -2432,10 +2412,7 @@ class Body:
             self._chunked = False  # only now: after a bad trailer, no request can follow
 
     def read(self) -> bytes:
-        """The whole body, a manifest. Raises MANIFEST_TOO_LARGE, before reading it when its length is known.
-
-        It has to arrive within a time that its length sets: no client holds a connection with so little.
-        """
+        """The whole body, a manifest, within a time that its length sets. Raises MANIFEST_TOO_LARGE."""
         size = MANIFEST_LIMIT if self.length is None else self.length
         self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
         self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
@@ -2590,10 +2567,7 @@ def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """A Range header's start and length within a content of this size; None if it is to be ignored.
-
-    Raises RANGE_NOT_SATISFIABLE for a range that lies outside (RFC 9110, 14). Several ranges are ignored.
-    """
+    """A Range header's start and length (RFC 9110, 14); None to be ignored. Raises RANGE_NOT_SATISFIABLE."""
     match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
@@ -2929,10 +2903,7 @@ def run_route(request: Request, route: Route | None, arguments: dict[str, str]) 
 
 
 def authorize(request: Request, action: str, name: str) -> None:
-    """Find out who makes a request, and whether they may.
-
-    Raises UNAUTHORIZED when other credentials, or a token with more in it, could help; else DENIED.
-    """
+    """Find out who makes a request. Raises UNAUTHORIZED if other credentials could help, else DENIED."""
     access, headers = request.context.access, request.headers
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     request.wanted = None if action in ("login", "") else scope
@@ -3203,11 +3174,10 @@ _inherited: set[str] = set()  # data directories that were open in another when 
 class Registry:
     """A registry in this process, for as long as a `with` block lasts, or from start to close.
 
-    Without a data directory it has a temporary one, removed at the end, and does not wait for the disk.
     It belongs to the process that started it. One that is forked from it can end, or have its own.
     """
 
-    data: str | os.PathLike[str] | None = None
+    data: str | os.PathLike[str] | None = None  # None: a temporary one, removed at the end
     host: str = "127.0.0.1"  # an address or a name of this machine
     port: int = 0  # 0: a free one
     sparse: bool = False  # accept manifests whose layers or children are absent
@@ -3385,10 +3355,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def open_standard_streams() -> None:
-    """Have something behind descriptors 0 to 2, where whoever started this process closed them.
-
-    Else the next file to be opened gets such a number, and what anything prints is written into it.
-    """
+    """Have something behind closed descriptors 0 to 2: else what is printed goes to the next file opened."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it gets the lowest number that is free
@@ -3657,10 +3624,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: serving, and the other commands as subcommands beside it.
-
-    Only what is given becomes an attribute, so that what stands before a command holds for it too.
-    """
+    """The command line. Only what is given becomes an attribute: so it may stand before a command, too."""
     common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     text = "A container registry. Without a command, it serves."
     parser = argparse.ArgumentParser(prog="registry.py", description=text, **common)

@@ -229,9 +229,7 @@ class ErrorCode(enum.Enum):
     STORAGE_FULL = 507, "DENIED", "the registry's disk is full; delete something or make room"
 
     def __init__(self, status: int, code: str, message: str) -> None:
-        self.status = status
-        self.code = code
-        self.message = message
+        self.status, self.code, self.message = status, code, message
 
 
 Headers = Sequence[tuple[str, str]]
@@ -1020,16 +1018,13 @@ class Store:
 
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
-        key = (sql, *parameters)
-        generation = self._database.generation()
+        key, generation = (sql, *parameters), self._database.generation()
         rows: list[Any]
         known, rows = self._lookups.get(key) or (None, [])
-        if rows and known == generation:
-            return rows
-        rows = self.query(sql, *parameters)
-        if rows and generation is not None:
+        if not rows or known != generation:
+            rows = self.query(sql, *parameters)
             size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
-            if size <= 32 * KIB:
+            if rows and generation is not None and size <= 32 * KIB:
                 self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
@@ -1044,10 +1039,6 @@ class Store:
         self, *, durable: bool = True, frees: bool = False, timeout: float = DATABASE_TIMEOUT
     ) -> Iterator[sqlite3.Connection]:
         """SQLite's write lock; what is written is committed, and durable, when this returns. frees: space."""
-        if self.read_only:  # nothing is going to be written, and nobody can be kept from writing
-            with contextlib.closing(self._database.connect()) as db:
-                yield db
-            return
         deadline = time.monotonic() + timeout
         if frees:
             self.files.keep_reserve()
@@ -1604,7 +1595,7 @@ class Collector:
             self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
-        """Drop an old manifest that nothing keeps but a tag, say, with what only it kept. Returns the rest."""
+        """Drop an old manifest that nothing keeps but a tag, say, and what only it kept; returns the rest."""
         keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
@@ -1829,7 +1820,8 @@ class Verifier:
         """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
         files = self.store.files
         path = files.path(digest)
-        with self.store.transaction(frees=True) as db:
+        read_only: Any = contextlib.nullcontext()
+        with read_only if self.store.read_only else self.store.transaction(frees=True) as db:
             known = self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
             if damage == "unreferenced":
                 pending = known or self.store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)

@@ -165,8 +165,10 @@ class Daemon:
         self.process.kill()
         self.process.wait()
         self._reader.join(TIMEOUT)
-        self.process.stdout.close()
         self._temporary.cleanup()
+        if self._reader.is_alive():  # closing what it reads would wait for it
+            raise AssertionError("some process that the daemon started outlives it")
+        self.process.stdout.close()
 
 
 class DaemonTestCase(HTTPTestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import unittest
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from typing import Any
 from tests import upkeep
 from tests.daemon import Daemon, command
 from tests.mounts import SIZE, mounted, no_volume
+from tests.steps import Step, observed
 from tests.support import (
     MEBIBYTE,
     Client,
     DataDirectory,
     HTTPTestCase,
     Image,
+    RegistryTestCase,
     Response,
     descriptor,
     digest_of,
@@ -264,6 +267,24 @@ class MinimumFree(FullDiskTestCase):
             path = f"blobs/uploads/?digest={digest_of(content)}"
             self.assert_refused(daemon.client.post(path, content))
             daemon.client.expect(200, "GET", "/v2/_catalog")
+
+
+class ExceededQuota(RegistryTestCase):
+    """Of a user or a directory, on a disk that has room."""
+
+    def test_a_push_is_refused_and_leaves_nothing(self) -> None:
+        content, location = unique(), self.client.open_upload()
+
+        def observe(step: Step) -> None:
+            if step.kind == "write":
+                raise OSError(errno.EDQUOT, "quota exceeded")
+
+        with observed(observe):
+            self.assert_error(self.client.patch(location, content), 507, "DENIED")
+            post = self.client.post(f"blobs/uploads/?digest={digest_of(content)}", content)
+            self.assert_error(post, 507, "DENIED")
+        self.assertEqual(self.data.unfinished(), [])
+        self.client.push_blob(content)
 
 
 class MaximumBlobSize(HTTPTestCase):

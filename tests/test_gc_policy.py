@@ -228,6 +228,15 @@ class MaximumSize(CollectionTestCase):
         self.collect(max_size=100_000)
         self.assertEqual(self.data.files(), {})
 
+    def test_what_only_one_of_two_repositories_needs_counts(self) -> None:
+        image = self.push_sized("a")
+        upkeep.everything(self.data.path, DAY)
+        for content in image.blobs:  # which it may rely on for the grace
+            self.other.push_blob(content)
+        removed = upkeep.collect(self.registry.store, max_size=1000)
+        self.assertIn(("manifest", image.digest), removed)
+        self.assert_consistent()
+
     def test_the_write_lock_is_never_held_to_choose(self) -> None:
         """To look for each one among all others took most of a collection's time."""
         image = self.push_sized("a")

@@ -145,6 +145,11 @@ class MalformedIsRefused(ManifestTestCase):
         ):
             self.assert_refused({**self.manifest(), **change})
 
+    def test_an_image_that_is_an_index_as_well_is_refused(self) -> None:
+        both = {**self.manifest(), "manifests": []}
+        for media_type in (OCI_MANIFEST, OCI_INDEX, "application/vnd.example+json"):
+            self.assert_refused({**both, "mediaType": media_type}, media_type)
+
     def test_neither_image_nor_index_is_refused(self) -> None:
         without = {**self.manifest(), "config": None}
         for manifest in ({"a": 1}, {"schemaVersion": 2}, without, image_index([], mediaType=OCI_MANIFEST)):

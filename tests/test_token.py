@@ -39,6 +39,14 @@ class TokensCarryRights(AccessTestCase):
                 mine = client.as_caller(f"Bearer {token}")
                 self.assert_status(mine.request(method, path), status)
 
+    def test_whose_token_is_good_for_too_little_is_told_so(self) -> None:
+        """Or docker would try the same again, for nearly a minute."""
+        client = self.serve(GRANTS)
+        token = client.as_caller(user("pusher")).bearer("repository:team/app:pull")
+        for authorization, error in (("", None), (token, "insufficient_scope")):
+            response = client.as_caller(authorization).post("blobs/uploads/")
+            self.assertEqual(self.assert_challenge(response, client.host).get("error"), error)
+
     def test_what_the_endpoint_answers(self) -> None:
         client = self.serve().as_caller(user("puller"))
         before = int(time.time())

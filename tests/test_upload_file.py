@@ -309,6 +309,17 @@ class OthersUseTheDirectory(HTTPTestCase):
                 self.store.expire_uploads()
                 self.assert_status(client.get(location), status)
 
+    def test_a_session_that_somebody_writes_to_just_before_it_is_dropped_stays(self) -> None:
+        client, content = self.start(), unique()
+        location = client.open_upload()
+        path = self.data / "uploads" / location.rpartition("/")[2]
+        os.utime(path, (0, 0))
+        seen = [(path.name, path.stat())]
+        client.expect(202, "PATCH", location, content)
+        with mock.patch.object(self.store.files, "uploads", return_value=seen):
+            self.store.expire_uploads()
+        self.assert_status(client.put(with_digest(location, digest_of(content))), 201)
+
     def test_uploads_go_on_after_the_directory_was_removed(self) -> None:
         client = self.start()
         location = client.open_upload()

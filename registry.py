@@ -122,8 +122,8 @@ PARAMETER_LIMIT = 1_000  # of a query
 DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
-COPY_SIZE = 256 * KIB  # what is encrypted at a time on its way out
-BUFFER_SIZE = 1 * MIB  # sent or read at a time
+COPY_SIZE = 256 * KIB  # hashed, or encrypted on its way out, at a time
+BUFFER_SIZE = 1 * MIB  # each of a large upload's two; and sent at a time
 
 IDLE_TIMEOUT = 75.0  # seconds a kept-alive connection may wait for its next request
 HEADER_TIMEOUT = 30.0  # from a head's first byte to its last
@@ -135,6 +135,7 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 DAY = 24 * 3600
+UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
 FLUSH_INTERVAL = 60.0  # between records of what was pulled
 OPTIONAL_WRITE_TIMEOUT = 1.0  # for the write lock, by what can do without or be tried again later
@@ -153,7 +154,6 @@ FAILURE_DELAY, FAILURE_DELAY_LIMIT = 0.2, 2.0  # seconds for each further one, a
 USER_LIMIT, PASSWORD_LIMIT = 255, 4096  # characters; what is longer is not looked at
 SCRYPT_MEMORY = 64 * MIB
 RESERVE_SIZE = 4 * MIB
-UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 CACHE_ENTRY_SIZE = 500  # bytes that Python needs for remembering anything, roughly
 BATCH = 100  # rows that maintenance changes under one write lock
 CHOICE = 1_000  # rows that it reads at a time
@@ -221,7 +221,7 @@ class ErrorCode(enum.Enum):
     UPLOAD_RANGE = 416, "BLOB_UPLOAD_INVALID", "the range does not continue the upload"
     RANGE_NOT_SATISFIABLE = 416, "SIZE_INVALID", "the range lies outside the content"
     EXPECTATION_FAILED = 417, "UNSUPPORTED", "the only expectation served is 100-continue"
-    REQUEST_HEADER_FIELDS_TOO_LARGE = 431, "UNSUPPORTED", "too many header fields, or too long"
+    REQUEST_HEADER_FIELDS_TOO_LARGE = 431, "UNSUPPORTED", f"over {HEADER_COUNT_LIMIT} headers, or 64 KiB"
     INTERNAL = 500, "UNSUPPORTED", "internal error; the registry's log says more"
     OVERLOADED = 503, "TOOMANYREQUESTS", "too many connections; try again"
     DATABASE_BUSY = 503, "TOOMANYREQUESTS", "the registry's database is busy; try again"
@@ -546,7 +546,8 @@ class UploadFile(io.FileIO):
                             stack.callback(self.LARGE.release)
                             thread = stack.enter_context(ThreadPoolExecutor(1))
                             writing = thread.submit(int)
-                            buffer, spare = memoryview(bytearray(MIB)), memoryview(bytearray(MIB))
+                            buffer = memoryview(bytearray(BUFFER_SIZE))
+                            spare = memoryview(bytearray(BUFFER_SIZE))
             finally:
                 if writing:
                     writing.result()
@@ -585,6 +586,7 @@ class UploadFile(io.FileIO):
         """The running hash, and how to tell that the file still has no other bytes than those in it.
 
         What other processes write may be as long: so it gets a time that no write and nobody else gives it.
+        None where the file system does not keep that.
         """
         moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
         with contextlib.suppress(OSError):
@@ -628,11 +630,17 @@ class Files:
 
     def make_directories(self) -> None:
         """Make the directories that are missing, durably. Raises StartupError when uploads could not move."""
-        for directory in ("", "blobs", "blobs/sha256", "blobs/sha512", "uploads"):
-            path = os.path.join(self.root, directory)
-            os.makedirs(path, 0o777 if directory else 0o700, exist_ok=True)  # the data is its owner's alone
-            if self.durable:
-                sync_directory(os.path.dirname(path))
+
+        def make(path: str, mode: int = 0o777) -> None:
+            if not os.path.isdir(path):  # or a parent would be opened that need not be readable
+                make(os.path.dirname(path))
+                os.makedirs(path, mode, exist_ok=True)
+                if self.durable:
+                    sync_directory(os.path.dirname(path))
+
+        make(self.root, 0o700)  # the data is its owner's alone
+        for directory in ("blobs", "blobs/sha256", "blobs/sha512", "uploads"):
+            make(f"{self.root}/{directory}")
         for algorithm in ALGORITHMS:  # a device has one number however often it is mounted: only a try tells
             paths = f"{self.root}/uploads/.probe", f"{self.root}/blobs/{algorithm}/.probe"
             try:
@@ -668,8 +676,10 @@ class Files:
         return file
 
     def place(self, upload: UploadFile, digest: str) -> None:
-        """Make an upload the content with this digest, durably: the only way into blobs/."""
-        # Raises DIGEST_INVALID. A damaged file in its place is replaced, and so mended.
+        """Make an upload the content with this digest, durably: the only way into blobs/.
+
+        What lies there already is replaced, which mends a damaged file. Raises DIGEST_INVALID.
+        """
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
             upload.unlink()
@@ -860,7 +870,10 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 class Database:
-    """registry.db, for queries; without locks where SQLite cannot have them, while the files stay so."""
+    """registry.db, for queries: pooled connections, and what tells whether anything was committed.
+
+    Where SQLite cannot have its locks, it is read without them, for as long as the files stay as they are.
+    """
 
     def __init__(self, path: str, *, read_only: bool) -> None:
         """Raises sqlite3.Error, OSError."""
@@ -959,7 +972,7 @@ class Store:
             ((version,),) = self.query("PRAGMA user_version")
             if version != FORMAT_VERSION:
                 newer = version > FORMAT_VERSION
-                advice = "run the newer one that made it" if newer else "start without --read-only once"
+                advice = "run the newer registry.py" if newer else "start without --read-only once"
                 raise StartupError(f"{self._path} has format {version}, not {FORMAT_VERSION}: {advice}")
             self._resources = resources.pop_all()
 
@@ -1038,7 +1051,10 @@ class Store:
     def transaction(
         self, *, durable: bool = True, frees: bool = False, timeout: float = DATABASE_TIMEOUT
     ) -> Iterator[sqlite3.Connection]:
-        """SQLite's write lock; what is written is committed, and durable, when this returns. frees: space."""
+        """SQLite's write lock, held against other threads and processes alike; committed when this returns.
+
+        durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
+        """
         deadline = time.monotonic() + timeout
         if frees:
             self.files.keep_reserve()
@@ -1595,7 +1611,10 @@ class Collector:
             self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
-        """Drop an old manifest that nothing keeps but a tag, say, and what only it kept; returns the rest."""
+        """Drop an old manifest that nothing keeps, with what only it kept; but: a keeper that does not count.
+
+        Returns what it kept and others keep as well.
+        """
         keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
@@ -1820,8 +1839,8 @@ class Verifier:
         """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
         files = self.store.files
         path = files.path(digest)
-        read_only: Any = contextlib.nullcontext()
-        with read_only if self.store.read_only else self.store.transaction(frees=True) as db:
+        unchanging: Any = contextlib.nullcontext()
+        with unchanging if self.store.read_only else self.store.transaction(frees=True) as db:
             known = self.store.query("SELECT 1 FROM blobs WHERE digest = ?", digest)
             if damage == "unreferenced":
                 pending = known or self.store.query("SELECT 1 FROM pending_deletes WHERE digest = ?", digest)
@@ -3590,9 +3609,9 @@ serve            --tls-cert FILE       serve HTTPS with this certificate chain (
 serve            --tls-key FILE        its private key, if that is in another file
 serve            --quiet               no access log on standard error
 serve            --gc-interval AGE     collect garbage so often, 0 for never (default: 1h)
-serve gc         --untagged-after AGE  remove manifests that have had no tag for so long, such as 7d
+serve gc         --untagged-after AGE  remove manifests without a tag for so long, such as 7d; else never
 serve gc         --keep-last COUNT     but keep the newest so many of each repository's untagged images
-serve gc         --grace GRACE         leave alone what a client pushed or asked for since (default: 1h)
+serve gc         --grace GRACE         leave alone what was pushed or asked for so recently (default: 1h)
 serve gc         --max-size SIZE       remove the images least recently pulled while the store is larger
 gc               --dry-run             only say what would be removed, from a copy in a temporary directory
 gc               --all                 also look for what a crash left under blobs/, as the daemon does daily

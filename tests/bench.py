@@ -449,7 +449,8 @@ def zot_server() -> Iterator[Server]:
         (root / "config.json").write_text(json.dumps(configuration))
         return [[path, "serve", str(root / "config.json")]]
 
-    yield Server("zot", version_of(path, "--version"), commands, EVERYTHING)
+    version = version_of(path, "--version", pattern=r'"commit":"(v[^"]+)"')  # "?" if built from bare sources
+    yield Server("zot", version, commands, EVERYTHING)
 
 
 NGINX = """

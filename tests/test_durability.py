@@ -225,6 +225,27 @@ class DurableOrder(unittest.TestCase):
             self.assertIn("acknowledged before the rows were synced", disk.violations)
 
 
+class DataDirectory(unittest.TestCase):
+    """Its own name, and those of directories above it that are made for it, have to last as well."""
+
+    def test_every_directory_that_is_made_is_synced_in_the_one_above(self) -> None:
+        with tempfile.TemporaryDirectory() as parent:
+            synced: list[str] = []
+            with mock.patch.object(registry, "sync_directory", synced.append):
+                registry.Store(os.path.join(parent, "a", "b", "data")).close()
+            expected = ["", "a", "a/b", "a/b/data", "a/b/data/blobs", "a/b/data/blobs", "a/b/data"]
+            self.assertEqual(synced, [os.path.join(parent, name).rstrip("/") for name in expected])
+
+    def test_one_that_is_there_needs_no_look_at_what_is_above_it(self) -> None:
+        """As in a service's private directory: it may go through, and list nothing."""
+        with tempfile.TemporaryDirectory() as parent:
+            data, synced = os.path.join(parent, "data"), mock.Mock()
+            registry.Store(data).close()
+            with mock.patch.object(registry, "sync_directory", synced):
+                registry.Store(data).close()
+            synced.assert_not_called()
+
+
 class PrivateFiles(unittest.TestCase):
     """The users file and the key of tokens, whose old content must not be lost to half of the new one."""
 

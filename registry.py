@@ -82,7 +82,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Callable, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
 try:
@@ -114,11 +114,8 @@ REQUEST_LINE_LIMIT = 8 * KIB
 HEAD_LIMIT = 64 * KIB
 HEADER_COUNT_LIMIT = 100
 MANIFEST_LIMIT = 4 * MIB
-DRAIN_LIMIT = 256 * KIB  # of an unread body; past that, closing is cheaper than reading on
-PAGE_LIMIT = 10_000  # entries of a tag list or catalog in one reply
 REFERRER_PAGE_LIMIT = 1_000
 TAG_PARAMETER_LIMIT = 50
-PARAMETER_LIMIT = 1_000  # of a query
 DETAIL_LIMIT = 1_000  # entries of one error
 
 RECEIVE_SIZE = 64 * KIB
@@ -177,9 +174,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # it is.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
-ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)  # of a request target
 
 # === Errors ===========================================================================================
 
@@ -926,7 +921,7 @@ class Database:
 
 
 def read_schema() -> list[str]:
-    """The sections of schema.sql: before, while and after the tables are made. Raises StartupError."""
+    """Sections of schema.sql: strays; before, while and after the tables are made. Raises StartupError."""
     with explain_failure("cannot read schema.sql", "it has to lie beside registry.py"):
         schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
     return re.split(r"^-- ===.*", schema, flags=re.MULTILINE)[1:]
@@ -986,7 +981,8 @@ class Store:
             self._writer.execute("PRAGMA journal_mode = WAL")
             ((version,),) = self._writer.execute("PRAGMA user_version")
             if version < FORMAT_VERSION:  # make the tables, or bring those of format 1 up to date
-                script = "".join(read_schema()) if version else read_schema()[1]
+                _, before, tables, after = read_schema()
+                script = before + tables + after if version else tables
                 self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
                 self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
                 self._writer.execute("PRAGMA foreign_keys = ON")
@@ -1507,18 +1503,9 @@ class Removal(NamedTuple):
     size: int  # bytes that the disk gets back: 0 while another repository has the blob
 
 
-class Stopped(Exception):
-    """Garbage collection is to leave it at that."""
-
-
 @dataclasses.dataclass
 class Collector:
-    """One run of garbage collection, beside whoever else uses the store.
-
-    What may go is chosen by queries without a lock, and removed a batch at a time under the write lock:
-    manifests that the policy lets go, with what only they kept, unless something keeps them by then; and
-    blobs that no manifest needs, once nobody was told of them for the grace period.
-    """
+    """One run of garbage collection: what may go is chosen without a lock and removed under it in batches."""
 
     _LINK = "WHERE repository_id = ? AND digest = ?"
     store: Store
@@ -1538,14 +1525,13 @@ class Collector:
 
     def summary(self) -> str:
         """What was removed, in a few words; none if that is nothing."""
-        total = self._totals
-        manifests, blobs = total["manifest"], total["blob"] + total["file"]
-        return f"{manifests} manifests and {blobs} blobs, {total['bytes']} bytes" if total else ""
+        manifests, blobs, size = (self._totals[kind] for kind in ("manifest", "blob", "bytes"))
+        return f"{manifests} manifests and {blobs} blobs, {size} bytes" if self._totals else ""
 
     def run(self, *, walk: bool = False, dry_run: bool = False) -> None:
         """Collect, with walk also files that a crash left without a row; or only report, from a copy."""
         self.store.flush_pulls()
-        with contextlib.suppress(Stopped), contextlib.ExitStack() as resources:
+        with contextlib.suppress(InterruptedError), contextlib.ExitStack() as resources:
             if dry_run:
                 directory = resources.enter_context(tempfile.TemporaryDirectory(prefix="registry-gc-"))
                 self.store.backup(f"{directory}/registry.db")
@@ -1565,14 +1551,14 @@ class Collector:
         """Act on each row, a batch at a time under the write lock, and report what that removed."""
         while page:
             if self.stopped():
-                raise Stopped
+                raise InterruptedError  # which run takes for its end
             with self.store.transaction(frees=True) as self._db:
                 for _ in range(BATCH):
                     if page and len(self._removed) < BATCH:
                         act(*page.pop(0))
             self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
-                self._totals[removal.kind] += 1
+                self._totals["manifest" if removal.kind == "manifest" else "blob"] += 1
                 self._totals["bytes"] += removal.size
                 self.report(removal)
             self._removed.clear()
@@ -1580,15 +1566,13 @@ class Collector:
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
         now = int(self._now)
-        times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
-        manifests = self.policy.untagged_after is not None or self.policy.max_size is not None
+        lease, *times = (f"{each} = min({each}, {now})" for each in ("leased_at", "pushed_at", "pulled_at"))
+        manifests = (self.policy.untagged_after, self.policy.max_size) != (None, None)  # or nobody minds
         sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
         while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE)):
             with self.store.transaction(frees=True) as db:
-                db.executemany(
-                    f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}", rows
-                )
-                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
+                db.executemany(f"UPDATE repository_blobs SET {lease} {self._LINK}", rows)
+                db.executemany(f"UPDATE manifests SET {', '.join(times)} {self._LINK}", rows)
 
     def _relied_on(self, name: str) -> int:
         """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
@@ -1611,10 +1595,7 @@ class Collector:
             self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
-        """Drop an old manifest that nothing keeps, with what only it kept; but: a keeper that does not count.
-
-        Returns what it kept and others keep as well.
-        """
+        """Drop a manifest that only `but` keeps, if anything, with what only it kept; returns what stays."""
         keepers = self._keepers(repository, digest, name, old, but)
         going = set(keepers)
         while staying := {each for each in going if not keepers[each] <= going}:
@@ -1632,25 +1613,22 @@ class Collector:
 
     def _keepers(self, repository: int, digest: str, name: str, old: int, but: str) -> dict[str, set[str]]:
         """What keeps a manifest, and what keeps each that it keeps, directly or not."""
-        above = (
-            "SELECT keeper FROM keepers WHERE repository_id = ? AND kept = ? AND since >= ? AND keeper <> ?"
-        )
+        above = "SELECT keeper FROM keepers WHERE repository_id = ? AND kept = ? AND since >= ?"
         below = f"SELECT kept FROM keepers WHERE repository_id = ? AND keeper = ? LIMIT {DROP_LIMIT}"
         keepers: dict[str, set[str]] = {}
         found = [digest]
         for each in found:
             if each not in keepers and len(keepers) < DROP_LIMIT:
                 how = (old, but) if each == digest else (self._relied_on(name), "")
-                rows = self._db.execute(f"{above} LIMIT {DROP_LIMIT + 1}", (repository, each, *how))
-                keepers[each] = {keeper for (keeper,) in rows}
+                sql = f"{above} AND keeper <> ? LIMIT {DROP_LIMIT + 1}"
+                keepers[each] = {keeper for (keeper,) in self._db.execute(sql, (repository, each, *how))}
                 found += [kept for (kept,) in self._db.execute(below, (repository, each))]
         return keepers
 
     def _unlink(self, repository: int, digest: str, name: str, leased_before: float) -> None:
         """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
         sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
-        rows = self._db.execute(sql, (repository, digest)).fetchall()
-        for size, leased_at, needed_by, needed, shared in rows:
+        for size, leased_at, needed_by, needed, shared in self._db.execute(sql, (repository, digest)):
             self._needed_size -= 0 if needed else size
             if not needed_by and leased_at < leased_before:
                 self._db.execute(Store.UNLINK, (repository, digest))
@@ -1688,28 +1666,24 @@ class Collector:
         """Remove files under blobs/ that have no row, once nobody has touched them for the grace period."""
 
         def remove(digest: str) -> None:
-            size = self._abandoned(digest)
-            sql = "INSERT INTO pending_deletes SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
-            sql += " ON CONFLICT DO NOTHING"
-            if size is not None and self._db.execute(sql, (digest, digest)).rowcount:
-                self._removed.append(Removal("file", "", digest, size))
+            path = self._files.path(digest)
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                changed = max(status.st_mtime, status.st_ctime)  # what waits for its row was renamed just now
+                if not stat.S_ISREG(status.st_mode):
+                    return
+                if changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
+                    os.utime(path)  # the clock was ahead: as old as if that were now
+                if changed < self._leased_before and self._db.execute(sql, (digest, digest)).rowcount:
+                    self._removed.append(Removal("file", "", digest, status.st_size))
 
+        sql = "INSERT INTO pending_deletes SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
+        sql += " ON CONFLICT DO NOTHING"
         digests = self._files.contents()
         while some := list(itertools.islice(digests, 5 * BATCH)):
-            sql = f"SELECT digest FROM blobs WHERE digest IN ({', '.join('?' * len(some))})"
-            unknown = set(some).difference(digest for (digest,) in self.store.query(sql, *some))
-            self._each([(each,) for each in unknown if self._abandoned(each) is not None], remove)
-
-    def _abandoned(self, digest: str) -> int | None:
-        """The size of a file that nobody is about to give a row: renamed into place, it would be young."""
-        path = self._files.path(digest)
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            is_file, changed = stat.S_ISREG(status.st_mode), max(status.st_mtime, status.st_ctime)
-            if is_file and changed > time.time() + CLOCK_SLACK and self._files is self.store.files:
-                os.utime(path)  # the clock was ahead: as old as if that were now
-            return status.st_size if is_file and changed < self._leased_before else None
-        return None
+            marks = ", ".join("?" * len(some))
+            known = self.store.query(f"SELECT digest FROM blobs WHERE digest IN ({marks})", *some)
+            self._each(list({(digest,) for digest in some}.difference(known)), remove)
 
 
 class Finding(NamedTuple):
@@ -1727,27 +1701,8 @@ class Verifier:
     store: Store
     progress: Callable[[int, int], object]  # called after each file with how many bytes are done, of how many
 
-    # Rows that no transaction leaves behind, unless a trigger or a foreign key was out of force. Those of the
-    # first kind would have the file of a blob removed that repositories serve.
-    _STRAY_ROWS = (
-        "pending_deletes WHERE digest IN (SELECT digest FROM blobs)",
-        "repository_blobs WHERE repository_id NOT IN (SELECT id FROM repositories)",
-        "repository_blobs WHERE digest NOT IN (SELECT digest FROM blobs)",
-        "manifests WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs)",
-        "manifest_references"
-        " WHERE (repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests)",
-        "referrers WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
-        "tags WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests)",
-        "blobs WHERE digest NOT IN (SELECT digest FROM repository_blobs)",
-        "repositories WHERE id NOT IN (SELECT repository_id FROM repository_blobs)",
-    )
-
     def run(self, *, repair: bool = False, force: bool = False) -> Iterator[Finding]:
-        """Yield what is wrong. Raises OSError for a file that cannot be read, which is no damage.
-
-        repair: move damaged and stray files aside, and drop rows without a sound file: clients push it again.
-        Raises StartupError if the database is too damaged for that or, without force, most files are missing.
-        """
+        """Yield what is wrong; repair moves files aside and drops rows. Raises StartupError, OSError."""
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - it would slow every start
 
         if repair and not force:
@@ -1784,7 +1739,7 @@ class Verifier:
         sql = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL"
         actual = {name: _tokens(text) for name, _, text in self.store.query(sql)}
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
-            model.executescript(read_schema()[1])
+            model.executescript(read_schema()[2])
             differing = [row for row in model.execute(sql) if actual.get(row[0]) != _tokens(row[2])]
         yield from (Finding("database", each) for each in broken)
         if repair and (broken or any(kind == "table" for _, kind, _ in differing)):
@@ -1795,17 +1750,16 @@ class Verifier:
 
     def _check_rows(self, repair: bool) -> Iterator[Finding]:
         """A manifest's needs are counted as well: what none needs is garbage."""
-        for stray in self._STRAY_ROWS:
+        for stray in re.findall("^DELETE FROM (.+?);", read_schema()[0], re.MULTILINE | re.DOTALL):
             ((count,),) = self.store.query(f"SELECT count(*) FROM {stray}")
             if count:
                 self._repair(repair, f"DELETE FROM {stray}")
-                yield Finding("database", f"{count} rows of {stray}", repair)
-        same = "c.repository_id = repository_blobs.repository_id AND c.child = repository_blobs.digest"
+                yield Finding("database", f"{count} rows of {' '.join(stray.split())}", repair)
+        same = "c.repository_id = l.repository_id AND c.child = l.digest"
         actual = f"(SELECT count(*) FROM manifest_references c WHERE {same})"
-        joined = "repository_blobs JOIN repositories ON id = repository_id"
-        differs = f"needed_by <> {actual}"
-        wrong = self.store.query(f"SELECT name, digest, needed_by, {actual} FROM {joined} WHERE {differs}")
-        mend = f"UPDATE repository_blobs SET needed_by = {actual} WHERE {differs}"
+        links = f"repository_blobs l JOIN repositories ON id = repository_id WHERE needed_by <> {actual}"
+        wrong = self.store.query(f"SELECT name, digest, needed_by, {actual} FROM {links}")
+        mend = f"UPDATE repository_blobs AS l SET needed_by = {actual} WHERE needed_by <> {actual}"
         self._repair(repair and bool(wrong), mend)
         for name, digest, count, needs in wrong:
             yield Finding("database", f"{name}@{digest} is needed by {needs} manifests, not {count}", repair)
@@ -1828,12 +1782,11 @@ class Verifier:
             if status.st_size < size:
                 return "truncated", state
             with open(path, "rb", buffering=0, opener=no_follow) as file:
-                actual = hash_file(file, algorithm_of(digest))
+                return "" if hash_file(file, algorithm_of(digest)) == digest else "corrupt", state
         except FileNotFoundError:
             return "missing", state
         except OSError as error:  # reading does not say which file
             raise OSError(error.errno, error.strerror, path) from error
-        return "" if actual == digest else "corrupt", state
 
     def _confirm(self, digest: str, damage: str, state: object, repair: bool) -> Iterator[Finding]:
         """See that it is still so while nobody pushes or deletes: on a read-only medium nobody can anyway."""
@@ -1934,8 +1887,8 @@ def password_check(hashed: str) -> Callable[[str], bool]:
         hash_password("", salt, 1, r, p)  # raises ValueError for what it cannot do
         value = hashed[-43:]  # how the rest is written may differ
         return lambda password: hmac.compare_digest(hash_password(password, salt, ln, r, p)[-43:], value)
-    costs = "0[4-9]|1[0-6]"  # more would take 8 seconds
-    if re.fullmatch(rf"\$2[aby]\$(?:{costs})\$[./A-Za-z0-9]{{53}}", hashed) and (crypt := system_crypt()):
+    bcrypt = r"\$2[aby]\$(?:0[4-9]|1[0-6])\$[./A-Za-z0-9]{53}"  # a cost above 16 would take 8 seconds
+    if re.fullmatch(bcrypt, hashed) and (crypt := system_crypt()):
         return lambda password: hmac.compare_digest(crypt(password, hashed), hashed)
     raise ValueError("a hash of a kind that cannot be checked here; set it with passwd")
 
@@ -1983,10 +1936,9 @@ class Grant(NamedTuple):
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
         if not actions or not actions <= {"pull", "push", "delete"}:
             raise ValueError("it is not: who repositories pull,push,delete")
-        parts = re.split(r"(\*\*?)", fields[1])  # * is anything within a path segment, ** is anything
-        pattern = "".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in parts)
-        end = parts[0] + (AFTER_NAMES if len(parts) > 1 else "\0")
-        return cls(fields[0], re.compile(pattern), actions, (parts[0], end))
+        first, *rest = re.split(r"(\*\*?)", fields[1])  # * is anything within a path segment, ** is anything
+        pattern = "".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in (first, *rest))
+        return cls(fields[0], re.compile(pattern), actions, (first, first + (AFTER_NAMES if rest else "\0")))
 
 
 class Scope(NamedTuple):
@@ -2021,17 +1973,15 @@ class Caller(NamedTuple):
 class LoginQueue:
     """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
 
-    So whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all
-    that failed lately; and since failures make turns longer, guesses are slowed, even those made at once.
-    Of an address, the attempt goes first for whose name fewest wait, and of these the newest: before those
-    of somebody who guesses. If too many wait in all, the address with most of them loses the last (429).
+    Whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all that
+    failed lately. Failures make turns longer, and so slow guesses, even those made at once. Of an address,
+    the attempt goes first for whose name fewest wait, and of these the newest: before those of who guesses.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit  # of attempts in all
         self._lock = threading.Lock()
-        # Of each address where one has its turn, those that wait, newest first: whose they are, and where
-        # they are told whether they may go on.
+        # Of each address that has a turn, who waits, newest first: a name, and where it is told if it may.
         self._waiting: dict[bytes, list[tuple[str, queue.SimpleQueue[bool]]]] = {}
         self.failures = Cache(1000)  # how many passwords from an address were wrong lately
 
@@ -2042,7 +1992,7 @@ class LoginQueue:
         too_many = RegistryError(ErrorCode.TOOMANYREQUESTS, headers=(("Retry-After", "1"),))
         with self._lock:
             if len(self._waiting) + sum(map(len, self._waiting.values())) >= self._limit:
-                longest = max(self._waiting.values(), key=len)
+                longest = max(self._waiting.values(), key=len)  # its address loses the last
                 if not longest:
                     raise too_many
                 self._pop(longest, -1).put(False)
@@ -2081,13 +2031,7 @@ class Access:
     """Who may do what: users, grants and tokens. Without users, everybody may do everything."""
 
     def __init__(
-        self,
-        users: str | None = None,
-        grants: str | None = None,
-        *,
-        anonymous_pull: bool = False,
-        key: bytes = b"",
-        limit: int = MAX_CONNECTIONS,
+        self, users: str | None, grants: str | None, anonymous_pull: bool, key: bytes, limit: int
     ) -> None:
         """users, grants: paths of files. key: signs tokens. limit: of connections. Raises StartupError."""
         self.enabled = users is not None
@@ -2097,8 +2041,8 @@ class Access:
             implied.append(f"{'*' if self.enabled else 'anonymous'} ** pull,push,delete")
         always = list(map(Grant.parse, implied))
         self._grants = WatchedFiles(lambda *paths: always + read_lines(Grant.parse, *paths), grants)
-        self._key = key or secrets.token_bytes(32)
-        self.service = f"registry-{hashlib.sha256(self._key).hexdigest()[:8]}"
+        self._key = key
+        self.service = f"registry-{hashlib.sha256(key).hexdigest()[:8]}"
         self._verified = Cache(1000)
         self._queue = LoginQueue(max(limit // 2, 1))
         self._hashing, self._guessing = threading.Lock(), threading.Lock()
@@ -2137,35 +2081,32 @@ class Access:
             raise RegistryError(ErrorCode.UNAUTHORIZED, "only Basic and Bearer are known here")
         try:  # RFC 7617, but not everybody pads
             name, password = base64.b64decode(credentials + "==").decode("utf-8").split(":", 1)
+            if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
+                raise ValueError
         except ValueError:
             raise RegistryError(ErrorCode.UNAUTHORIZED, "malformed credentials") from None
         return Caller(self.log_in(name, password, address))
 
     def log_in(self, name: str, password: str, address: str) -> str:
         """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-        wrong = RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
-        if len(name) > USER_LIMIT or len(password) > PASSWORD_LIMIT or "\0" in password:
-            raise wrong
         users = self._users.get()
-        hashed, check = users.get(name) or self._stand_in(users, name)
+        hashed, check = users.get(name) or ("", lambda _: False)
+        if users and name not in users:  # time tells nothing: always the same user's is checked instead
+            number = int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big")
+            hashed, check = list(users.values())[number % len(users)]
         proof = hmac.digest(self._key, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if not self._verified.get(proof):
             network = ipaddress.ip_address(address).packed[:8]  # IPv6: one client has all within 64 bits
             with self._queue.turn(network, name):
                 if not self._verified.get(proof):  # nor was while this one waited
-                    guess = self._queue.failures.get(network)  # such ones wait for each other before
+                    guess = self._queue.failures.get(network)  # such wait for each other before
                     with self._guessing if guess else contextlib.nullcontext(), self._hashing:
                         right = check(password) and name in users
                     if not right:
                         self._queue.fail(network)
-                        raise wrong
+                        raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
         self._verified.put(proof, True, PASSWORD_LIFETIME)  # so a user who comes back never waits
         return name
-
-    def _stand_in(self, users: dict[str, Any], name: str) -> Any:
-        """Whose password to check for a name that is nobody's; always the same, or time would tell."""
-        others = list(users.values()) or [("", lambda _: False)]
-        return others[int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big") % len(others)]
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
         """A token for as much of what is requested as the user may do, as the token endpoint answers it."""
@@ -2197,12 +2138,11 @@ class Access:
 def load_key(path: str, *, create: bool) -> bytes:
     """The key that signs tokens, kept so that they outlive a restart; empty if there is none."""
     with explain_failure(f"cannot use {path}", "remove it for a new one"):
-        if create:
-            with locked_directory(os.path.dirname(path)):
-                if not os.path.lexists(path):
-                    replace_file(path, secrets.token_bytes(32))
-        elif not os.path.lexists(path):
-            return b""
+        with locked_directory(os.path.dirname(path)) if create else contextlib.nullcontext():
+            if not os.path.lexists(path):
+                if not create:
+                    return b""
+                replace_file(path, secrets.token_bytes(32))
         with open(path, "rb", opener=no_follow) as file:
             key = file.read()
         if len(key) < 32:
@@ -2213,16 +2153,13 @@ def load_key(path: str, *, create: bool) -> bytes:
 def replace_file(path: str, content: bytes) -> None:
     """Write a private file in one step, durably."""
     directory = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", dir=directory)
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(path)}.", dir=directory) as temporary:
+        descriptor, new = tempfile.mkstemp(dir=temporary)
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.replace(new, path)
     sync_directory(directory)
 
 
@@ -2233,21 +2170,24 @@ HEADER = rf"{TOKEN}:[^\r\n\0]*"
 HEAD = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{HEADER})*)")
 
 
-class FileRange(NamedTuple):
+@dataclasses.dataclass
+class FileRange:
     """Some bytes of an open file; whoever has sent the reply closes it."""
 
     file: BinaryIO
     start: int
     length: int
 
+    def __len__(self) -> int:
+        return self.length
+
 
 class SocketReader:
-    """A connection's bytes, bounded in size and time. All raise ClientGone if it hangs up or stalls."""
+    """A connection's bytes, bounded in time. Methods raise ClientGone if the client hangs up or stalls."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        # When it was last given what it asked for, and from when on it may be given up for another:
-        # whoever is refused again and again gains no time by that.
+        # When it last got what it asked for, and may be given up for another: being refused gains no time.
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
@@ -2285,15 +2225,14 @@ class SocketReader:
 
     def begin_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands; everything from there on is encrypted."""
-        # This raises if it was reset: wrap_socket would too, and leave it unclosed.
-        self._within(HEADER_TIMEOUT, self.socket.getpeername)
+        self._within(HEADER_TIMEOUT, self.socket.getpeername)  # had it been reset, wrap_socket would leak it
         wrap = functools.partial(context.wrap_socket, server_side=True, do_handshake_on_connect=False)
         self.socket = self._within(HEADER_TIMEOUT, wrap, self.socket)
         self._tls, self._timeout = True, 0.0
         self._within(HEADER_TIMEOUT, self.socket.do_handshake)  # type: ignore[attr-defined]
 
     def read_head(self) -> bytes:
-        """The next request's head; one that is to be refused comes as far as it was read."""
+        """The next request's head, without its end; so far as it was read, if that is bad or too large."""
         head, self._pending, self.deadline = bytes(self._pending), b"", 0.0
         while b"\r\n\r\n" not in (head := LEADING_LINES.sub(b"", head, count=1)):
             too_long = len(head.partition(b"\r\n")[0]) > REQUEST_LINE_LIMIT or len(head) > HEAD_LIMIT
@@ -2354,12 +2293,6 @@ class SocketReader:
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def linger(self) -> NoReturn:
-        """Let the client read the last reply: closing on unread bytes would reset it (RFC 9112, 9.6)."""
-        self.stop_sending()
-        while True:
-            self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE)
-
     def close(self) -> None:
         """Hang up in good order."""
         self.stop_sending()
@@ -2373,21 +2306,15 @@ class Body:
         """length: None for a chunked body. expected: the client waits for 100 Continue before it sends."""
         self.length = length
         self._reader = reader
-        self._remaining = length or 0  # of the body, or of the chunk being read
+        self._remaining = length  # of the body, or of the chunk being read; None before the first
         self._chunked = length is None  # and its last chunk has not come
-        self._begun = False  # whether its first has
         self._expected = expected and length != 0
         self.done = length == 0
 
     @property
     def drainable(self) -> bool:
-        """Whether what was not read is known to be so little that the next request can follow it."""
-        return self.done or not (self._chunked or self._expected or self._remaining > DRAIN_LIMIT)
-
-    def drain(self) -> None:
-        """Skip what was not read."""
-        while self.readinto(memoryview(bytearray(RECEIVE_SIZE))):
-            pass
+        """Whether what was not read is so little that reading on is cheaper than closing the connection."""
+        return self.done or not (self._chunked or self._expected or (self._remaining or 0) > 256 * KIB)
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer; 0 at the body's end. Raises ClientGone, and BAD_REQUEST for bad chunks."""
@@ -2409,10 +2336,10 @@ class Body:
 
     def _begin_chunk(self) -> None:
         """Read up to the next chunk's content, or past the trailers (RFC 9112, 7.1)."""
-        if self._begun and self._reader.read_line():
+        if self._remaining is not None and self._reader.read_line():
             raise RegistryError(ErrorCode.BAD_REQUEST, "a chunk is longer than its size says")
-        self._begun = True
-        size = CHUNK_SIZE.fullmatch(self._reader.read_line())
+        line = self._reader.read_line()
+        size = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?", line)
         if not size:
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
@@ -2450,20 +2377,18 @@ class Context(NamedTuple):
 class Request:
     """One request as the handlers see it."""
 
+    method = target = path = "-"
+    proxied = False  # whether it came from a trusted proxy
+    persistent = False  # whether the client may send another after this one
+    caller = Caller(None)
+    wanted: Scope | None = None  # what a token must be good for
+
     def __init__(self, context: Context, reader: SocketReader, address: str) -> None:
-        """A request of which nothing is known yet but the address that it comes from."""
-        self.context = context
-        self.store = context.store
-        self.address = address
-        self.proxied = False  # whether it came from a trusted proxy
-        self.caller = Caller(None)
-        self.wanted: Scope | None = None  # what a token must be good for
-        self._reader = reader
-        self.method = self.target = self.path = "-"
+        self.context, self.store = context, context.store
+        self.address, self._reader = address, reader
         self.parameters: dict[str, list[str]] = {}  # of the query
         self.headers: dict[str, str] = {}  # by names in lower case, repeated ones comma-joined
         self.body = Body(reader, 0, expected=False)
-        self.persistent = False  # whether the client may send another after this one
 
     def parse(self, data: bytes) -> None:
         """Take in a head (RFC 9112); whatever this raises, what was understood until then stays."""
@@ -2503,8 +2428,7 @@ class Request:
     def _parse_target(self) -> None:
         """Find path and parameters. A plus sign is itself, as in media types."""
         target = self.target
-        absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
-        if absolute:
+        if target[:1] != "/" and (absolute := re.fullmatch("(?i:https?)://([^/?]*)(.*)", target)):
             self.headers["host"], target = absolute.groups()  # as RFC 9112, 3.2.2 demands
             if not HOST.fullmatch(self.headers["host"]):
                 raise RegistryError(ErrorCode.BAD_REQUEST, "the target names no host")
@@ -2513,10 +2437,9 @@ class Request:
             self.path = unquote(path, errors="strict") if "%" in path else path
             if query:
                 query = query.replace("+", "%2B")
-                self.parameters = parse_qs(query, True, errors="strict", max_num_fields=PARAMETER_LIMIT)
+                self.parameters = parse_qs(query, True, errors="strict", max_num_fields=1_000)
         except ValueError:
-            reason = f"the target is not UTF-8, or has more than {PARAMETER_LIMIT} parameters"
-            raise RegistryError(ErrorCode.BAD_REQUEST, reason) from None
+            raise RegistryError(ErrorCode.BAD_REQUEST, "not UTF-8, or too many parameters") from None
 
     def _begin_body(self, modern: bool) -> None:
         """Find out how long the body is. Raises BAD_REQUEST if that is unclear, EXPECTATION_FAILED."""
@@ -2534,8 +2457,7 @@ class Request:
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
-        # With a scope id, which could hold anything, an address is none.
-        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")
+        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")  # no scope ids
         while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
             self.proxied = True
             try:
@@ -2566,11 +2488,6 @@ class Reply(NamedTuple):
     headers: Headers = ()
     body: bytes | FileRange = b""
 
-    @property
-    def length(self) -> int:
-        """The body's length in bytes."""
-        return self.body.length if isinstance(self.body, FileRange) else len(self.body)
-
 
 def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
     """A 200 with a JSON document."""
@@ -2578,7 +2495,7 @@ def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """A Range header's start and length (RFC 9110, 14); None to be ignored. Raises RANGE_NOT_SATISFIABLE."""
+    """A Range's start and length (RFC 9110, 14); None for several ranges. Raises RANGE_NOT_SATISFIABLE."""
     match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
@@ -2586,20 +2503,15 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
-        headers = (("Content-Range", f"bytes */{size}"),)
-        raise RegistryError(ErrorCode.RANGE_NOT_SATISFIABLE, text, headers=headers)
+        raise RegistryError(ErrorCode.RANGE_NOT_SATISFIABLE, headers=[("Content-Range", f"bytes */{size}")])
     return start, stop - start
 
 
 def check_preconditions(request: Request, digest: str | None) -> bool:
-    """Whether the client has what the path names, which is this or nothing, already (RFC 9110, 13).
-
-    Raises PRECONDITION_FAILED if If-Match does not hold, or If-None-Match for what would change something.
-    """
+    """Whether the client has already what is there, or None (RFC 9110, 13). Raises PRECONDITION_FAILED."""
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
-    tag = f'"{digest}"'
+    tag = f'"{digest}"'  # for If-Match, a weak one is not good enough (RFC 9110, 8.8.3.2)
     known = digest is not None and (none_match == "*" or tag in none_match)
-    # A weak tag is not good enough for this (RFC 9110, 8.8.3.2).
     holds = match is None or (digest is not None and (match == "*" or tag in match.replace('W/"', "")))
     if not holds or (known and request.method not in ("GET", "HEAD")):
         raise RegistryError(ErrorCode.PRECONDITION_FAILED, digest or "nothing")
@@ -2628,9 +2540,8 @@ def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> 
     if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
-    text = request.headers.get("range") if request.method == "GET" else None
-    if text is not None and request.headers.get("if-range", tag) == tag:
-        part = parse_range(text, content.size)
+    if request.method == "GET" and "range" in request.headers and request.headers.get("if-range", tag) == tag:
+        part = parse_range(request.headers["range"], content.size)
     start, length = part or (0, content.size)
     body = request.store.open_content(content)
     if body is None:
@@ -2661,9 +2572,15 @@ def session_headers(name: str, session: str, size: int) -> Headers:
 
 def upload_start(request: Request, name: str) -> Reply:
     """Mount a blob (end-11), take one whole (end-4b), or open an upload session (end-4a)."""
-    mount, digest = request.parameter("mount"), request.parameter("digest")
-    if mount is not None and mount_blob(request, name, parse_digest(mount)):
-        return created(name, "blobs", mount)
+    mount, source, digest = map(request.parameter, ("mount", "from", "digest"))
+    if mount is not None and parse_digest(mount):
+        sources = request.store.repositories_with(mount, 1_000) if source is None else [source]
+        # Where a source is named, a token may be good for the target only: some clients ask for no more.
+        caller = request.caller if source is None else Caller(request.caller.user)
+        allows = request.context.access.allows
+        readable = (each for each in sources if allows(caller, Scope("repository", each, "pull")))
+        if any(request.store.mount(name, mount, each) for each in readable):
+            return created(name, "blobs", mount)
     if digest is None:
         algorithm = request.parameter("digest-algorithm") or "sha256"
         if algorithm not in ALGORITHMS:
@@ -2673,19 +2590,6 @@ def upload_start(request: Request, name: str) -> Reply:
         receive(request, upload)
         request.store.finish_upload(name, upload, digest)
     return created(name, "blobs", digest)
-
-
-def mount_blob(request: Request, name: str, digest: str) -> bool:
-    """Mount a blob from the repository that the query names, or any of 1,000 that the caller may pull."""
-    access, caller, source = request.context.access, request.caller, request.parameter("from")
-    if source is not None:
-        sources, caller = [source], Caller(caller.user)  # some clients' tokens are good for the target only
-    else:
-        sources = request.store.repositories_with(digest, 1_000)
-    return any(
-        access.allows(caller, Scope("repository", each, "pull")) and request.store.mount(name, digest, each)
-        for each in sources
-    )
 
 
 def receive(request: Request, upload: UploadFile) -> None:
@@ -2780,7 +2684,7 @@ def listing_reply(request: Request, fetch: Callable[[str, int], list[str]], kind
     text = request.parameter("n")
     if text is not None and not re.fullmatch("[0-9]+", text):
         raise RegistryError(ErrorCode.PAGE_INVALID, text)
-    size = PAGE_LIMIT if text is None else min(int(text[:18]), PAGE_LIMIT)
+    size = min(int((text or "10000")[:18]), 10_000)
     names = fetch(request.parameter("last") or "", size + 1 if size else 0)
     links = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
     return json_reply({**more, kind: names[:size]}, *links)
@@ -2826,9 +2730,8 @@ def token_get(request: Request) -> Reply:
     access, (user, scopes) = request.context.access, request.caller
     if not access.enabled:  # where everybody may do everything there are no tokens
         raise RegistryError(ErrorCode.NOT_FOUND)
-    # For a token there is none: or it would never expire, nor its scope be a limit.
     if scopes is not None or not (user or access.permits(None, CATALOG)):
-        raise RegistryError(ErrorCode.UNAUTHORIZED)
+        raise RegistryError(ErrorCode.UNAUTHORIZED)  # for a token, it would never expire, nor its scope limit
     if request.parameter("service") not in (None, "", access.service):
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     texts = " ".join(request.parameters.get("scope", [])).split()
@@ -2877,8 +2780,7 @@ for _route in ROUTES:  # a name may hold slashes, and takes all that the rest of
 def find_path(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The operations on a path by method, and the parts that it names. Raises NOT_FOUND."""
     for pattern, methods in _PATHS.items():
-        match = pattern.fullmatch(path)
-        if match:
+        if match := pattern.fullmatch(path):
             return methods, match.groupdict()
     raise RegistryError(ErrorCode.NOT_FOUND)
 
@@ -2914,7 +2816,7 @@ def run_route(request: Request, route: Route | None, arguments: dict[str, str]) 
 
 
 def authorize(request: Request, action: str, name: str) -> None:
-    """Find out who makes a request. Raises UNAUTHORIZED if other credentials could help, else DENIED."""
+    """Find out who asks. Raises UNAUTHORIZED if other credentials or scopes may help, else DENIED."""
     access, headers = request.context.access, request.headers
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     request.wanted = None if action in ("login", "") else scope
@@ -2969,7 +2871,7 @@ def encode_head(reply: Reply, *, keep: bool) -> bytes:
         "Content-Security-Policy: default-src 'none'; sandbox"
     ]
     if reply.status not in (204, 304):
-        lines.append(f"Content-Length: {reply.length}")
+        lines.append(f"Content-Length: {len(reply.body)}")
     lines += [f"{name}: {value}" for name, value in reply.headers]
     lines.append("\r\n" if keep else "Connection: close\r\n\r\n")
     return "\r\n".join(lines).encode("latin-1")
@@ -3016,19 +2918,23 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             if self.server.log:
                 target = re.sub("//[^/?]*@", "//", request.target)[:500]  # a URL may hold a password
+                took = (time.perf_counter() - started) * 1000
                 agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # one field, as it is quoted
                 self.server.log(
                     f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address} {request.method} {target}"
-                    f" {reply.status} {reply.length} {(time.perf_counter() - started) * 1000:.1f}ms {agent}"
+                    f" {reply.status} {len(reply.body)} {took:.1f}ms {agent}"
                 )
         if not keep or not request.body.done:
             reader.evictable_at = reader.served_at + EVICTION_DELAY
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
-            if not keep:
+            skip = request.body.readinto
+            if not keep:  # the client is to read this first: closing on unread bytes resets (RFC 9112, 9.6)
                 self.idle = request.body.done
                 if not (self.idle and self.server.stopping):  # finish_requests may have looked just before
-                    reader.linger()
-            request.body.drain()
+                    skip = reader.readinto
+                    reader.stop_sending()
+            while skip(memoryview(bytearray(RECEIVE_SIZE))):
+                pass
         elif reply.status < 400:
             reader.served_at = time.monotonic()
         self.idle, reader.evictable_at = True, reader.served_at
@@ -3050,10 +2956,7 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, each served by a Connection in a thread, until it is told to stop.
-
-    Overridden of what socketserver calls: get_request, verify_request, process_request, handle_error.
-    """
+    """Accepts connections. socketserver calls get_request, verify_request, process_request, handle_error."""
 
     tls: WatchedFiles | None = None
     max_connections = MAX_CONNECTIONS
@@ -3113,18 +3016,19 @@ class Server(ThreadingHTTPServer):
         connection = Connection(request, client_address, self)
         with self._closed:
             self.connections.add(connection)  # before it is served, so that finish_requests misses none
-            if self._idle_threads:
-                self._idle_threads -= 1
-                return self._handed_over.put(connection)
+            waits = self._idle_threads > 0
+            self._idle_threads -= waits
         try:
-            threading.Thread(target=self._serve_connections, args=(connection,), daemon=True).start()
+            if not waits:
+                threading.Thread(target=self._serve_connections, daemon=True).start()
+            self._handed_over.put(connection)
         except BaseException:  # there are no more threads
             self.connections.discard(connection)
             raise
 
-    def _serve_connections(self, connection: Connection | None) -> None:
+    def _serve_connections(self) -> None:
         """Serve one connection after another; unless enough threads wait for the next one already."""
-        while connection:
+        while connection := self._handed_over.get():
             try:
                 connection.handle()
             except Exception:
@@ -3135,7 +3039,6 @@ class Server(ThreadingHTTPServer):
                 if self.stopping or self._idle_threads == IDLE_THREADS:
                     return
                 self._idle_threads += 1
-            connection = self._handed_over.get()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no reply could be made of: log it, and go on serving."""
@@ -3227,8 +3130,7 @@ class Registry:
 
     def bind(self) -> socket.socket:
         """A socket that listens where this registry is to. Raises StartupError."""
-        failure = f"cannot listen on {self.host} port {self.port}"
-        with explain_failure(failure, "choose another --host or --port"):
+        with explain_failure(f"cannot listen on {self.host} port {self.port}", "see --host and --port"):
             family, _, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             listener = socket.create_server(address[:2], family=family, backlog=1024)
             listener.setblocking(False)  # another worker may be quicker to accept what woke this one
@@ -3245,10 +3147,9 @@ class Registry:
             if data is None:
                 data = tempfile.mkdtemp(prefix="registry-")
                 resources.callback(shutil.rmtree, data, ignore_errors=True)
+            options = {"sparse": self.sparse, "read_only": self.read_only, "limits": self.limits}
             durable = self.data is not None if self.sync is None else self.sync
-            self.store = open_store(
-                data, sparse=self.sparse, durable=durable, read_only=self.read_only, limits=self.limits
-            )
+            self.store = open_store(data, durable=durable, **options)
             resources.callback(self.store.close)
             listener = listener or self.bind()
             resources.callback(listener.close)
@@ -3280,7 +3181,7 @@ class Registry:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
         path = f"{self.store.files.root}/token.key"
         key = (load_key(path, create=not self.read_only) if self.users else b"") or self._spare_key
-        access = Access(self.users, self.grants, anonymous_pull=self.anonymous_pull, key=key, limit=limit)
+        access = Access(self.users, self.grants, self.anonymous_pull, key, limit)
         tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
         with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
             proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
@@ -3290,20 +3191,21 @@ class Registry:
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
         """Have a thread do what comes round, each job at its interval, until the resources are freed."""
-        stop = threading.Event()
+        self._stopped = stopped = threading.Event()
         intervals: dict[Callable[[], object], float] = {
             self.store.flush_pulls: FLUSH_INTERVAL,
             self.store.files.keep_reserve: FLUSH_INTERVAL,
             self.store.expire_uploads: EXPIRY_INTERVAL,
+            (collect := self._collect_garbage): self.gc_interval or math.inf,
         }
         due = {job: time.monotonic() + interval for job, interval in intervals.items()}
         if self.gc_interval:
-            collect = functools.partial(self._collect_garbage, stop)
-            passed = abs(time.time() - self.store.files.collected_at())  # its clock may have been ahead
-            intervals[collect], due[collect] = self.gc_interval, time.monotonic() + self.gc_interval - passed
+            due[collect] -= abs(
+                time.time() - self.store.files.collected_at()
+            )  # its clock may have been ahead
 
         def run() -> None:
-            while not stop.wait(min(due.values()) - time.monotonic()):
+            while not stopped.wait(min(due.values()) - time.monotonic()):
                 job = min(due, key=due.__getitem__)
                 try:
                     job()
@@ -3314,14 +3216,14 @@ class Registry:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         resources.callback(lambda: thread.join(max(0.0, self._stop_deadline - time.monotonic())))
-        resources.callback(stop.set)
+        resources.callback(stopped.set)
 
-    def _collect_garbage(self, stop: threading.Event) -> None:
+    def _collect_garbage(self) -> None:
         """Collect, and with the first collection of a day (UTC) walk over blobs/."""
-        walk = self.store.files.collected_at() // DAY != time.time() // DAY
-        collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stop.is_set)
+        walk, stopped = self.store.files.collected_at() // DAY != time.time() // DAY, self._stopped.is_set
+        collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stopped)
         collector.run(walk=walk)
-        if not stop.is_set():
+        if not stopped():
             self.store.files.collected_at(now=True)
         if self.log and collector.summary():
             self.log(f"gc removed {collector.summary()}")
@@ -3346,11 +3248,9 @@ class Registry:
 
 
 def _leave_to_parent() -> None:
-    """Called in a process just forked: keep no port of the parent open, and remove and close nothing of its.
-
-    Closing a copy of a database connection would remove the write-ahead log, which others may use by then
-    (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
-    """
+    """Called in a process just forked: keep no port of the parent open, and remove nothing of its."""
+    # Closing a copy of a database connection would remove the write-ahead log, which others may use by then
+    # (SQLite's "How To Corrupt An SQLite Database File"). The frames of threads that are gone keep them.
     for registry in _running:
         _inherited.add(os.path.realpath(registry.store.files.root))
         for connection in registry.server.connections:
@@ -3396,12 +3296,10 @@ def pick(options: argparse.Namespace, kind: type) -> dict[str, Any]:
 def announce(registry: Registry) -> None:
     """Say that connections are accepted now, and what somebody on the network could do with them."""
     print_line(f"Serving {registry.data} at {registry.url}")
-    if registry.host in ("localhost", "::1") or registry.host.startswith("127."):
-        return
-    warning = "registry.py: warning: "
-    if not (registry.users or registry.read_only):
+    local, warning = re.match(r"localhost$|::1$|127\.", registry.host), "registry.py: warning: "
+    if not (local or registry.users or registry.read_only):
         write_log(f"{warning}whoever reaches this port can push, overwrite and delete images; see --users")
-    if not registry.tls_cert:
+    if not (local or registry.tls_cert):
         write_log(f"{warning}passwords and images can be read and changed on their way; see --tls-cert")
 
 
@@ -3442,48 +3340,44 @@ def command_serve(options: argparse.Namespace) -> None:
 
 def fork_workers(registry: Registry, count: int) -> int:
     """Return in each of so many new processes, with its number; this one watches over them to the end."""
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals need not be reported
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    announce(registry)
-    parent_alive, end = os.pipe()
+    signals = {signal.SIGTERM, signal.SIGINT}
     workers: dict[int, int] = {}  # each process's number
+    parent_alive, end = os.pipe()
+    stopping = False
+
+    def stop(number: int, frame: object) -> None:  # told twice, it stops them at once
+        nonlocal stopping
+        for process in workers:
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                os.kill(process, signal.SIGKILL if stopping else signal.SIGTERM)
+        if stopping:
+            os._exit(128 + number)
+        stopping = True
 
     def stop_without_parent() -> None:
         os.read(parent_alive, 1)  # which never comes
         os.kill(os.getpid(), signal.SIGTERM)
 
+    for each in signals:
+        signal.signal(each, stop)
+    announce(registry)
     while True:
-        for number in set(range(count)) - set(workers.values()):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        if stopping and not workers:
+            sys.exit()
+        for number in set(range(0 if stopping else count)) - set(workers.values()):
             process = os.fork()
             if not process:
                 os.close(end)
                 threading.Thread(target=stop_without_parent, daemon=True).start()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes here too
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
                 return number
             workers[process] = number
-        wait_for_end(workers, signals)
-
-
-def wait_for_end(workers: dict[int, int], signals: set[signal.Signals]) -> None:
-    """Forget a worker that has ended. Told to stop, stop them all, and exit; told twice, at once."""
-    before, stopping = len(workers), False
-    os.kill(os.getpid(), signal.SIGCHLD)  # whoever ended before that was waited for has not told
-    while len(workers) == before or stopping:
-        arrived = signal.sigwait(signals)
-        with contextlib.suppress(ChildProcessError):
-            while process := os.waitpid(-1, os.WNOHANG)[0]:
-                workers.pop(process, None)  # none of ours: whoever is process 1 inherits some
-        if arrived != signal.SIGCHLD:
-            for process in workers:
-                os.kill(process, signal.SIGKILL if stopping else signal.SIGTERM)
-            if stopping:
-                os._exit(128 + arrived)
-            stopping = True
-        if stopping and not workers:
-            sys.exit()
-    time.sleep(0.5)  # the next one may end as soon
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if workers.pop(os.wait()[0], None) is not None and not stopping:  # whoever is process 1 inherits some
+            time.sleep(0.5)  # the next one may end as soon
 
 
 def command_gc(options: argparse.Namespace) -> None:
@@ -3506,21 +3400,18 @@ def command_verify(options: argparse.Namespace) -> int:
 
     def show(done: int, total: int) -> None:
         nonlocal shown
-        now = time.monotonic()
-        if clear and now - shown > 0.1:
-            part, rate = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3)
+        if clear and (now := time.monotonic()) - shown > 0.1:
+            part, rate, shown = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3), now
             bar = ("#" * int(part * 30)).ljust(30, ".")
             write_log(f"{clear}[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
-            shown = now
 
-    with contextlib.closing(open_existing_store(options.data, change=options.repair)) as store:
-        try:
-            for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
-                write_log(clear, end="")
-                print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
-                found += 1
-        finally:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(open_existing_store(options.data, options.repair)))
+        stack.callback(write_log, clear, end="")
+        for finding in Verifier(store, show).run(repair=options.repair, force=options.force):
             write_log(clear, end="")
+            print_line(f"{finding.kind} {finding.subject}{' (repaired)' if finding.repaired else ''}")
+            found += 1
         if options.repair:
             store.remove_pending()
     print_line(f"{found} problems found" if found else "no problems found")
@@ -3551,18 +3442,16 @@ def change_user(path: str, name: str, line: str | None) -> None:
 
 def ask_password() -> str:
     """A password: asked for twice on a terminal, else a line of standard input."""
-    if sys.stdin.isatty():
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
-            raise StartupError("the two are not the same; try again")
-    else:
-        password = sys.stdin.readline().rstrip("\r\n")
+    ask = getpass.getpass if sys.stdin.isatty() else lambda _prompt: sys.stdin.readline().rstrip("\r\n")
+    password = ask("Password: ")
+    if sys.stdin.isatty() and ask("Again: ") != password:
+        raise StartupError("the two are not the same; try again")
     if not 0 < len(password) <= PASSWORD_LIMIT or "\0" in password:
         raise StartupError(f"a password has 1 to {PASSWORD_LIMIT} characters, and no NUL")
     return password
 
 
-def open_existing_store(data: str, *, change: bool = True) -> Store:
+def open_existing_store(data: str, change: bool = True) -> Store:
     """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
@@ -3573,9 +3462,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
 BYTES = {f"{prefix}{unit}": KIB**power for power, prefix in enumerate("KMGT", 1) for unit in ("", "B", "iB")}
 
 
-def number_type(
-    what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = 10**18
-) -> dict[str, Any]:
+def number_type(what: str, units: Mapping[str, int] = {}, least: float = 0, most: int = 10**18) -> Any:
     """For add_argument: a whole number within bounds, or any with one of the units behind it."""
 
     def parse(text: str) -> float:
@@ -3664,12 +3551,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # what is temporary goes
     try:
         return options.command(options) or 0
-    except StartupError as error:
-        write_log(f"registry.py: {error}")
-        return 1
-    except (OSError, sqlite3.Error) as error:
-        advice = "try again later" if is_busy(error) else "see whether the disk is full or damaged"
-        write_log(f"registry.py: {error}; {advice}")
+    except (StartupError, OSError, sqlite3.Error) as error:
+        advice = "; try again later" if is_busy(error) else "; see whether the disk is full or damaged"
+        write_log(f"registry.py: {error}{'' if isinstance(error, StartupError) else advice}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

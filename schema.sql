@@ -2,8 +2,25 @@
 -- digest; these rows say which repository may serve which of them, and hold
 -- everything that a listing needs, so that no listing opens a file.
 --
--- The three sections run in one transaction, with foreign keys not enforced:
--- the second alone on a new database, all of them on one of format 1.
+-- The last three sections run in one transaction, with foreign keys not
+-- enforced: the tables alone on a new database, all three on one of format 1.
+
+-- === Stray rows, which verify --repair deletes
+
+-- No transaction leaves them behind, unless a trigger or a foreign key was out
+-- of force. The first would have a file removed that repositories serve.
+
+DELETE FROM pending_deletes WHERE digest IN (SELECT digest FROM blobs);
+DELETE FROM repository_blobs WHERE repository_id NOT IN (SELECT id FROM repositories);
+DELETE FROM repository_blobs WHERE digest NOT IN (SELECT digest FROM blobs);
+DELETE FROM manifests
+    WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM repository_blobs);
+DELETE FROM manifest_references
+    WHERE (repository_id, manifest) NOT IN (SELECT repository_id, digest FROM manifests);
+DELETE FROM referrers WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests);
+DELETE FROM tags WHERE (repository_id, digest) NOT IN (SELECT repository_id, digest FROM manifests);
+DELETE FROM blobs WHERE digest NOT IN (SELECT digest FROM repository_blobs);
+DELETE FROM repositories WHERE id NOT IN (SELECT repository_id FROM repository_blobs);
 
 -- === Upgrading from format 1, before the tables are made
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from registry import Registry
+from registry import Access, Registry
 from tests.credentials import AuthorizedClient, basic, users_line
 from tests.support import Client, DataDirectory, HTTPTestCase, Response
 
@@ -38,6 +38,10 @@ class AccessTestCase(HTTPTestCase):
     def serve_anybody(self) -> Client:
         """A second registry on the same data that asks nobody who they are: a client of it."""
         return Client(self.enter(Registry(self.data.path, sync=False)).netloc, "team/app")
+
+    def access(self, grants: str | None = None) -> Access:
+        """Who may do what, without a registry."""
+        return Access(str(self.users), grants, False, b"k" * 32, 100)
 
     def change(self, path: Path, text: str) -> None:
         """Write a file as an editor does, so that every change is seen as one."""

@@ -243,5 +243,5 @@ class Housekeeping(HTTPTestCase):
                 running.store.files.collected_at(now=True)
                 os.utime(f"{data}/last-gc", (collected, collected))
                 with mock.patch("time.time", lambda: now + DAY):
-                    running._collect_garbage(threading.Event())
+                    running._collect_garbage()
                 self.assertEqual(file.exists(), not walks)

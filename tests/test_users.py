@@ -159,7 +159,7 @@ class UsersLogIn(AccessTestCase):
     def test_a_password_in_use_stays_remembered(self) -> None:
         check = mock.Mock(return_value=True)
         self.enter(mock.patch.object(registry, "password_check", lambda _hashed: check))
-        access = registry.Access(str(self.users))
+        access = self.access()
         for moment in range(0, 20_000, 3_000):
             with mock.patch.object(registry.time, "monotonic", return_value=float(moment)):
                 self.assertEqual(access.log_in("puller", "x", "127.0.0.1"), "puller")
@@ -170,7 +170,7 @@ class UsersLogIn(AccessTestCase):
         self.patch(FAILURE_DELAY=0.0)
         salted = "r=8,p=1$c2FsdA$" + "A" * 43
         self.users.write_text("".join(f"u{n}:$scrypt$ln={n % 3 + 2},{salted}\n" for n in range(12)))
-        access = registry.Access(str(self.users), key=b"k" * 32)
+        access = self.access()
         costs: dict[str, set[int]] = {}
         with mock.patch.object(registry.hashlib, "scrypt", wraps=registry.hashlib.scrypt) as scrypt:
             for name in [f"{kind}{n}" for kind in ("u", "nobody") for n in range(12)] * 2:
@@ -196,7 +196,7 @@ class UsersLogIn(AccessTestCase):
         """What hmac says of a password, or of a token's signature, is what counts, and nothing else."""
         self.users.write_text(users_line("alice", "right") + (f"bob:{BCRYPT[1]}\n" if has_bcrypt() else ""))
         for verdict in (True, False):
-            access = registry.Access(str(self.users))
+            access = self.access()
             content, _, signature = access.issue_token("alice", [])["token"].rpartition(".")
             forged = f"Bearer {content}.{'A' * len(signature)}"
             attempts = [*(basic(name, "wrong") for name in access._users.get()), forged]

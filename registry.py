@@ -104,8 +104,6 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
-DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1"  # and +json, +prettyjws
-OCTET_STREAM = "application/octet-stream"
 JSON = "application/json"
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -133,12 +131,9 @@ STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 DAY = 24 * 3600
 UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
-EXPIRY_INTERVAL = 3600.0  # between looks for such sessions
-FLUSH_INTERVAL = 60.0  # between records of what was pulled
 OPTIONAL_WRITE_TIMEOUT = 1.0  # for the write lock, by what can do without or be tried again later
 LEASE_SLACK = 5.0  # seconds by which leased_at may be behind
 GRACE = 3600.0  # how long a client can rely on what it was told, by default
-SHORTEST_GRACE = 10.0  # twice the slack
 
 MAX_CONNECTIONS = 1024  # by default
 IDLE_THREADS = 8  # that wait for the next connection
@@ -390,7 +385,8 @@ def _media_type(document: dict[str, Any], content_type: str) -> str:
     media_type = str(declared or (OCI_INDEX if index else OCI_MANIFEST))
     well_formed = MEDIA_TYPE.fullmatch(media_type) and len(media_type) <= MEDIA_TYPE_LIMIT
     _check(well_formed, "malformed media type")
-    known = document.get("schemaVersion") == 2 and not media_type.startswith(DOCKER_SCHEMA1)
+    schema1 = media_type.startswith("application/vnd.docker.distribution.manifest.v1")  # +json, +prettyjws
+    known = document.get("schemaVersion") == 2 and not schema1
     _check(known, "schemaVersion must be 2; Docker's schema 1 is not supported")
     _check(index != image, "needs either manifests, or config and layers")
     others = (OCI_MANIFEST, DOCKER_MANIFEST) if index else (OCI_INDEX, DOCKER_LIST)
@@ -709,10 +705,6 @@ class Files:
             target = f"{target}.{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path(digest), target)
-
-    def remove(self, digest: str) -> None:
-        """Remove the content; no error if it is gone."""
-        remove_file(self.path(digest))
 
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
@@ -1120,7 +1112,7 @@ class Store:
             suppress, timeout = contextlib.suppress(OSError, sqlite3.Error), OPTIONAL_WRITE_TIMEOUT
             with suppress, self.transaction(durable=False, timeout=timeout) as db:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
-                    self.files.remove(digest)
+                    remove_file(self.files.path(digest))
             raise
 
     def _change_if_possible(self, sql: str, rows: list[tuple[Any, ...]]) -> int | None:
@@ -1183,7 +1175,7 @@ class Store:
         """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
         for _, repository, _, size, leased_at, _ in self.query_cached(self.BLOB, name, digest):
             if not lease or self._lease(repository, digest, leased_at):
-                return Descriptor(OCTET_STREAM, digest, size)
+                return Descriptor("application/octet-stream", digest, size)
         raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
 
     def delete_blob(self, name: str, digest: str) -> None:
@@ -1224,11 +1216,11 @@ class Store:
                 self._sync_log()  # the rows have to be gone for good, whoever has deleted them
             for digest in pending:
                 self._cache.forget(digest)
+                path = self.files.path(digest)
                 try:
-                    self.files.remove(digest)
+                    remove_file(path)
                 except OSError as error:
                     if digest not in self._unremovable:
-                        path = self.files.path(digest)
                         write_log(f"registry.py: cannot remove {path}, will try again: {error.strerror}")
                     self._unremovable.add(digest)
                 else:
@@ -2379,7 +2371,7 @@ class Request:
 
     method = target = path = "-"
     proxied = False  # whether it came from a trusted proxy
-    persistent = False  # whether the client may send another after this one
+    persistent: bool | None = None  # whether the client may send another after this one, once that is known
     caller = Caller(None)
     wanted: Scope | None = None  # what a token must be good for
 
@@ -2924,6 +2916,8 @@ class Connection(socketserver.BaseRequestHandler):
                     f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address} {request.method} {target}"
                     f" {reply.status} {len(reply.body)} {took:.1f}ms {agent}"
                 )
+        if request.persistent is False and request.body.done:
+            raise ClientGone  # it has sent its last, so that nothing unread can turn closing into a reset
         if not keep or not request.body.done:
             reader.evictable_at = reader.served_at + EVICTION_DELAY
             reader.deadline = time.monotonic() + LINGER_TIMEOUT
@@ -2943,7 +2937,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Send a reply, in one write when its body is small; returns whether another request may follow."""
         if reply.status >= 400:  # or whoever may do nothing could hold a connection by not reading that
             self.reader.evictable_at = self.reader.served_at + EVICTION_DELAY
-        keep = request.persistent and not self.server.stopping and request.body.drainable
+        keep = bool(request.persistent) and not self.server.stopping and request.body.drainable
         head, bodiless = encode_head(reply, keep=keep), request.method == "HEAD"
         if isinstance(reply.body, bytes):
             self.reader.send(head if bodiless else head + reply.body)
@@ -3193,16 +3187,14 @@ class Registry:
         """Have a thread do what comes round, each job at its interval, until the resources are freed."""
         self._stopped = stopped = threading.Event()
         intervals: dict[Callable[[], object], float] = {
-            self.store.flush_pulls: FLUSH_INTERVAL,
-            self.store.files.keep_reserve: FLUSH_INTERVAL,
-            self.store.expire_uploads: EXPIRY_INTERVAL,
+            self.store.flush_pulls: 60.0,  # seconds
+            self.store.files.keep_reserve: 60.0,
+            self.store.expire_uploads: 3600.0,
             (collect := self._collect_garbage): self.gc_interval or math.inf,
         }
         due = {job: time.monotonic() + interval for job, interval in intervals.items()}
-        if self.gc_interval:
-            due[collect] -= abs(
-                time.time() - self.store.files.collected_at()
-            )  # its clock may have been ahead
+        if self.gc_interval:  # since the last time, by a clock that may have been ahead
+            due[collect] -= abs(time.time() - self.store.files.collected_at())
 
         def run() -> None:
             while not stopped.wait(min(due.values()) - time.monotonic()):
@@ -3515,7 +3507,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "COUNT": number_type("a whole number"),
     "SIZE": number_type("a size like 64M or 50G", units=BYTES),
     "AGE": number_type("a duration like 30s, 5m, 1h or 7d", units=SECONDS),
-    "GRACE": number_type("a duration of 10s or more", units=SECONDS, least=SHORTEST_GRACE),
+    "GRACE": number_type("a duration of 10s or more", units=SECONDS, least=2 * LEASE_SLACK),
     "ADDR": {"action": "append", "dest": "trusted_proxies"},
     "HTPASSWD": {"required": True},
 }

@@ -58,7 +58,7 @@ class Stopping(CollectionTestCase):
     def test_closing_does_not_wait_for_the_rest(self) -> None:
         add_garbage(self.data.path, 20_000)
         begun = threading.Event()
-        with mock.patch.object(registry.Files, "remove", lambda *_: begun.set()):
+        with mock.patch.object(registry.Store, "remove_files", lambda *_: begun.set()):
             collecting = registry.Registry(data=str(self.data.path), sync=False, gc_interval=0.001)
             collecting.start()
             self.assertTrue(begun.wait(TIMEOUT))

@@ -236,9 +236,9 @@ class UnremovableFiles(RegistryTestCase):
         with self.stuck(stuck):
             self.client.expect(202, "DELETE", f"blobs/{stuck}")
             removed: list[str] = []
-            with mock.patch.object(self.registry.store.files, "remove", removed.append):
+            with mock.patch("registry.remove_file", removed.append):
                 self.client.expect(202, "DELETE", f"blobs/{digest}")
-            self.assertEqual(removed, [digest])
+            self.assertEqual(removed, [str(self.path(digest))])
         upkeep.collect(self.registry.store)
         self.path(digest).unlink()
 

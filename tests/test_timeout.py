@@ -218,6 +218,12 @@ class RepliesBeforeTheBody(HTTPTestCase):
                 connection.read_unless_closed()
         return status == 401
 
+    def test_nobody_waits_for_more_from_who_has_sent_its_last(self) -> None:
+        self.patch(LINGER_TIMEOUT=10 * TIMEOUT)
+        connection = self.connect().request("GET", "/v2/", "Connection: close", self.AUTHORIZATION)
+        self.assert_status(connection.read(), 200)
+        wait_until(lambda: not self.registry.server.connections, "for it to be closed")
+
     def test_stopping_does_not_wait_for_a_rest(self) -> None:
         self.patch(LINGER_TIMEOUT=10 * TIMEOUT)
         held = [self.begin(framing) for framing in (self.SMALL, self.LARGE, self.CHUNKED)]

@@ -165,6 +165,13 @@ class BuffersAreBounded(UploadTestCase):
     def test_uploads_hold_no_more_than_so_much_all_together(self) -> None:
         self.assertLess(self.held_by(100, 3 * MEBIBYTE), 80 * MEBIBYTE)
 
+    def test_those_that_are_done_leave_large_buffers_to_others(self) -> None:
+        with mock.patch.object(registry.UploadFile, "LARGE", threading.Semaphore(1)):
+            for content in (os.urandom(3 * MEBIBYTE), os.urandom(3 * MEBIBYTE)):
+                self.client.push_blob(content)
+                self.assertTrue(registry.UploadFile.LARGE.acquire(timeout=TIMEOUT))
+                registry.UploadFile.LARGE.release()
+
     def test_small_and_large_buffers_take_every_byte_in_order(self) -> None:
         for lanes in (0, 1):
             for size in (65_535, 65_536, 65_537, 5 * MEBIBYTE + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import tracemalloc
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
@@ -202,6 +203,17 @@ class PagesOfReferrers(CostTestCase):
             self.add_referrers(artifact_type, count)
             costs.append(self.cost("GET", f"referrers/{self.SUBJECT}"))
         self.assertLessEqual(costs[1], 25 * costs[0])
+
+    def test_long_descriptors_are_read_only_for_the_page_they_are_on(self) -> None:
+        self.add_referrers(SBOM, 100)
+        path, long = self.data.path / "registry.db", b'{"annotations":{"a":"%s"}}' % (b"x" * MEBIBYTE)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("UPDATE referrers SET descriptor = ?", (long,))
+            database.commit()
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(self.client.get(f"referrers/{self.SUBJECT}").json["manifests"]), 2)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 50 * MEBIBYTE)
 
     def test_a_page_costs_nothing_for_what_refers_to_something_else(self) -> None:
         path = f"referrers/{self.SUBJECT}"

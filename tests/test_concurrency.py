@@ -396,9 +396,11 @@ class RegistriesTakeTurns(ConcurrencyTestCase):
         os.utime(path, ns=(then, then))
         self.assert_evil_is_refused(location, self.client)
 
-    def test_pieces_that_alternate_are_hashed_once_more_at_most(self) -> None:
+    def hashed(self, *clients: Client) -> float:
+        """How many times as many bytes are hashed as there are, when clients send pieces in turn."""
         pieces = [os.urandom(10_000) for _ in range(40)]
-        hashed, new = [0], hashlib.new
+        content, hashed, new = b"".join(pieces), [0], hashlib.new
+        digest = digest_of(content)
 
         class Counting:
             """A hash that counts what it is given."""
@@ -415,12 +417,16 @@ class RegistriesTakeTurns(ConcurrencyTestCase):
         location = self.client.open_upload()
         with mock.patch.object(hashlib, "new", Counting):
             for number, piece in enumerate(pieces):
-                client = (self.client, self.there)[number % 2]
-                self.assert_status(client.patch(location, piece), 202)
-            content = b"".join(pieces)
-            self.client.expect(201, "PUT", f"{location}?digest=sha256:{hashlib.sha256(content).hexdigest()}")
-        self.assertLess(hashed[0], 2 * len(content) + 10_000)
+                self.assert_status(clients[number % len(clients)].patch(location, piece), 202)
+            self.client.expect(201, "PUT", with_digest(location, digest))
         self.assert_blob(self.other.at(self.client.repository), content)
+        return hashed[0] / len(content)
+
+    def test_pieces_that_come_to_one_process_are_hashed_as_they_come(self) -> None:
+        self.assertEqual(self.hashed(self.client), 1)
+
+    def test_pieces_that_alternate_are_hashed_once_more_at_most(self) -> None:
+        self.assertLess(self.hashed(self.client, self.there), 2.025)
 
     def test_what_is_remembered_of_sessions_is_bounded(self) -> None:
         store, kept = self.registry.store, []

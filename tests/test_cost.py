@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import tracemalloc
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
@@ -132,6 +133,15 @@ class CatalogPages(CostTestCase):
         self.forget()
         self.assertEqual(self.meter.of(lambda: self.client.expect(200, "GET", "/v2/_catalog?n=0")), 0)
 
+    def test_names_that_may_not_be_pulled_are_read_many_at_a_time(self) -> None:
+        self.grants.write_text(f"{self.GRANTS}\nanonymous */x pull")
+        self.add_repositories(unreadable(1000, 5000))
+        for path in ("/v2/_catalog?n=1&last=n", "/v2/_catalog?n=2"):
+            self.forget()
+            before = self.meter.statements
+            self.assertLessEqual(len(self.client.get(path).json["repositories"]), 1)
+            self.assertLess(self.meter.statements - before, 20)
+
     def test_overlapping_grants_list_each_repository_once_and_in_order(self) -> None:
         self.grants.write_text(
             "anonymous mine/** pull,push\nanonymous b/** pull\nanonymous b/c/* pull\nanonymous b pull\n"
@@ -162,7 +172,7 @@ class MountsFromAnywhere(CostTestCase):
 class PagesOfReferrers(CostTestCase):
     SUBJECT = digest_of(b"subject")
 
-    def add_referrers(self, artifact_type: str, count: int) -> None:
+    def add_referrers(self, artifact_type: str, count: int, subject: str = SUBJECT) -> None:
         """Manifests as if they had been pushed."""
         added = [
             f"sha256:{hashlib.sha256(f'{artifact_type} {n}'.encode()).hexdigest()}" for n in range(count)
@@ -173,7 +183,7 @@ class PagesOfReferrers(CostTestCase):
         self.insert(
             "manifests",
             "repository_id digest media_type artifact_type subject pushed_at pulled_at",
-            ((self.repository, digest, OCI_MANIFEST, artifact_type, self.SUBJECT, 0, 0) for digest in added),
+            ((self.repository, digest, OCI_MANIFEST, artifact_type, subject, 0, 0) for digest in added),
         )
         if self.data.rows("SELECT 1 FROM sqlite_master WHERE name = 'referrers'"):
             rows = ((self.repository, digest, b'{"digest":"%b"}' % digest.encode()) for digest in added)
@@ -193,6 +203,25 @@ class PagesOfReferrers(CostTestCase):
             self.add_referrers(artifact_type, count)
             costs.append(self.cost("GET", f"referrers/{self.SUBJECT}"))
         self.assertLessEqual(costs[1], 25 * costs[0])
+
+    def test_long_descriptors_are_read_only_for_the_page_they_are_on(self) -> None:
+        self.add_referrers(SBOM, 100)
+        path, long = self.data.path / "registry.db", b'{"annotations":{"a":"%s"}}' % (b"x" * MEBIBYTE)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("UPDATE referrers SET descriptor = ?", (long,))
+            database.commit()
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(self.client.get(f"referrers/{self.SUBJECT}").json["manifests"]), 2)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 50 * MEBIBYTE)
+
+    def test_a_page_costs_nothing_for_what_refers_to_something_else(self) -> None:
+        path = f"referrers/{self.SUBJECT}"
+        self.add_referrers(SBOM, 20)
+        few = self.cost("GET", path)
+        self.add_referrers(SIGNATURE, 4000, digest_of(b"another subject"))
+        self.assert_bounded([few], [self.cost("GET", path)])
+        self.assertEqual(len(self.client.get(path).json["manifests"]), 20)
 
     def test_a_filter_costs_nothing_for_other_types(self) -> None:
         path = f"referrers/{self.SUBJECT}?artifactType={quote(SBOM, safe='')}"

@@ -55,6 +55,29 @@ class Stopping(CollectionTestCase):
         ((left,),) = self.data.rows("SELECT count(*) FROM blobs")
         self.assertEqual((len(reported), left), (200, 801))
 
+    def test_it_stops_while_it_mends_times_too(self) -> None:
+        add_garbage(self.data.path, 10)
+        upkeep.change(
+            self.data.path, "UPDATE repository_blobs SET leased_at = ?", int(time.time() + 900 * DAY)
+        )
+        stops, ahead = iter((False, True)), "SELECT count(*) FROM repository_blobs WHERE leased_at > ?"
+        collector = registry.Collector(
+            self.registry.store, registry.Policy(), lambda _: None, stopped=lambda: next(stops, True)
+        )
+        with mock.patch.object(registry, "CHOICE", 4):
+            collector.run()
+        self.assertEqual(self.data.rows(ahead, time.time() + DAY), [(7,)])
+
+    def test_one_that_was_stopped_is_not_noted_so_that_the_next_start_goes_on(self) -> None:
+        noted = self.data.path / "last-gc"
+        collecting = registry.Registry(data=str(self.data.path), sync=False, gc_interval=HOUR).start()
+        self.addCleanup(collecting.close)
+        for stopped in (True, False):
+            os.utime(noted, (0, 0))
+            with mock.patch.object(collecting._stopped, "is_set", lambda: stopped):  # noqa: B023 - used at once
+                collecting._collect_garbage()
+            self.assertEqual(noted.stat().st_mtime == 0, stopped)
+
     def test_closing_does_not_wait_for_the_rest(self) -> None:
         add_garbage(self.data.path, 20_000)
         begun = threading.Event()

@@ -195,6 +195,7 @@ class LoginsTakeTurns(unittest.TestCase):
                     self.order.append(label)
             except registry.RegistryError as error:
                 self.assertIs(error.code, registry.ErrorCode.TOOMANYREQUESTS)
+                self.assertEqual(error.headers, (("Retry-After", "1"),))
                 self.order.append(f"{label} refused")
 
         waiting = self.waiting()
@@ -261,6 +262,12 @@ class LoginsTakeTurns(unittest.TestCase):
             self.attempt("a", "x", "2")
             self.assertEqual(self.finish(), ["1 refused", "2 refused"])
         self.assertEqual(self.queue._waiting, {})
+
+    def test_only_so_many_addresses_are_remembered(self) -> None:
+        with mock.patch.object(registry.time, "sleep"):
+            for number in range(3000):
+                self.queue.fail(number.to_bytes(8, "big"))
+        self.assertLessEqual(len(self.queue.failures._things), 1000)
 
     def test_addresses_that_are_slowed_down_leave_room(self) -> None:
         with (

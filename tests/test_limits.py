@@ -265,6 +265,10 @@ class StrangersAreNotRemembered(HTTPTestCase):
                 client.get("/v2/", {f"X-{number}{'a' * 7000}": "y"})
             self.assertLess(tracemalloc.get_traced_memory()[0], MEBIBYTE)
 
+    def test_only_so_many_paths_are_remembered(self) -> None:
+        most = registry.find_path.cache_info().maxsize or math.inf
+        self.assertLessEqual(most * 2 * registry.NAME_LIMIT, MEBIBYTE)
+
 
 class HeadsAreLimited(HTTPConnectionTestCase):
     """How long heads may be."""

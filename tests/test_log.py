@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
+import registry
 from registry import Registry
 from tests.daemon import Daemon, DaemonTestCase, free_port, run, unread
 from tests.support import (
@@ -156,6 +159,18 @@ class StreamsMayBeClosed(DaemonTestCase):
             for _ in range(2):
                 self.assert_status(client.get("tags/list"), 200)
                 self.assert_status(client.get(f"blobs/{digest}"), 500)
+
+    def test_a_log_that_cannot_be_written_keeps_no_connection_from_serving_on(self) -> None:
+        full = mock.Mock(**{"write.side_effect": OSError(errno.ENOSPC, "no space left on device")})
+        for stream in (None, mock.Mock(**{"write.side_effect": BrokenPipeError}), full):
+            with (
+                contextlib.redirect_stderr(stream),
+                Registry(log=registry.write_log) as running,
+                Client(running.netloc).keep_alive() as client,
+            ):
+                for _ in range(2):
+                    self.assert_status(client.get("/v2/"), 200)
+            self.assertTrue(stream is None or stream.write.called)
 
     @unittest.skipUnless(sys.platform == "linux", "looks at descriptors under /proc")
     def test_no_file_of_the_registry_gets_the_number_of_a_standard_stream(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
-from registry import Registry
+from registry import Database, Registry
 from tests.access import GRANTS, AccessTestCase, user
 from tests.daemon import ENVIRONMENT, Daemon, command, run
 from tests.mounts import as_nobody, no_read_only, on_read_only_disk
@@ -64,6 +66,17 @@ class ReadOnlyBesideAWriter(ReadOnlyTestCase):
                 client = self.read_only_daemon(under(str(self.data)))
                 for tag in ("a", "b", "a"):
                     self.assert_image(client, self.push(running, tag), tag)
+
+    def test_what_is_locked_for_a_moment_is_not_read_without_locks(self) -> None:
+        with Registry(self.data):
+            pass
+        locked = mock.Mock(side_effect=sqlite3.OperationalError("database is locked"))
+        for read_only in (True, False):
+            with (
+                mock.patch.object(Database, "query", locked),
+                self.assertRaisesRegex(sqlite3.Error, "locked"),
+            ):
+                Database(str(self.data / "registry.db"), read_only=read_only)
 
 
 class ReadOnlyMedium(ReadOnlyTestCase):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import registry
+from registry import Store
 from tests import upkeep
 from tests.damage import VerifyTestCase
 from tests.support import digest_of, unique
@@ -258,6 +259,19 @@ class Schema(VerifyTestCase):
         self.assertEqual(self.verify(), [])
         self.assertNotIn(digest, self.data.files())
         self.assertEqual(self.data.rows("SELECT count(*) FROM repositories"), [(1,)])
+
+    def test_nothing_is_repaired_in_a_damaged_database(self) -> None:
+        self.damage.flip_bit(self.layer)
+        store, found = self.registry.store, "row 1 missing from index tags_by_digest"
+
+        def query(sql: str, *parameters: object) -> list[object]:
+            return [(found,)] if "integrity_check" in sql else Store.query(store, sql, *parameters)
+
+        with mock.patch.object(store, "query", query):
+            self.assertIn(("database", found), self.verify())
+            with self.assertRaisesRegex(registry.StartupError, "restore registry.db from a backup"):
+                self.verify(repair=True)
+        self.assertIn(self.layer, self.data.files())
 
     def test_nothing_is_repaired_without_a_table(self) -> None:
         self.damage.flip_bit(self.layer)

@@ -56,6 +56,12 @@ class BusyDatabase(RegistryTestCase):
             self.assertGreater(int(response.headers["Retry-After"]), 0)
         self.assertLess(seconds, 3.0)  # each waited for the lock again, in the transaction that cleans up
 
+    def test_a_thread_of_this_process_that_has_it_is_not_waited_for_any_longer(self) -> None:
+        content = unique()
+        with self.registry.store.transaction():
+            response = self.client.post(f"blobs/uploads/?digest={digest_of(content)}", content)
+        self.assert_error(response, 503, "TOOMANYREQUESTS")
+
     def test_head_is_answered_without_a_lease(self) -> None:
         image = self.client.push_image("v1")
         upkeep.leases_told(self.data.path, upkeep.HOUR)

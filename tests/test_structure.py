@@ -150,6 +150,24 @@ class ReadmeTest(unittest.TestCase):
             with self.subTest(command):
                 self.assertLessEqual(set(re.findall(r"(?<= )--[a-z-]+", command)), known)
 
+    def test_the_limits_are_those_of_the_code(self) -> None:
+        """Tests change them, so that none would notice what they are otherwise."""
+        limits = " ".join(self.README.partition("\n## Limits\n")[2].partition("\n\n")[0].split())
+        slowest, lists = registry.SLOWEST_BODY // registry.KIB, registry.REFERRER_PAGE_LIMIT
+        for text in (
+            f"{registry.REQUEST_LINE_LIMIT // registry.KIB} KiB of request line",
+            f"{registry.HEAD_LIMIT // registry.KIB} KiB and {registry.HEADER_COUNT_LIMIT} lines of headers",
+            f"{registry.MANIFEST_LIMIT // registry.MIB} MiB of manifest",
+            f"A blob may stall for {registry.STALL_TIMEOUT:.0f} seconds",
+            f"a head take {registry.HEADER_TIMEOUT:.0f}, a manifest that and a second for each {slowest} KiB",
+            f"of a request after its reply {registry.LINGER_TIMEOUT:.0f}",
+            f"a connection idle for {registry.IDLE_TIMEOUT:.0f}.",
+            f"({registry.MAX_CONNECTIONS:,}) are served at once",
+            f"for {registry.HEADER_TIMEOUT:.0f} seconds has moved its blob at less than {slowest} KiB a",
+            f"or of {lists:,} referrers",
+        ):
+            self.assertIn(text, limits)
+
 
 if __name__ == "__main__":
     unittest.main()

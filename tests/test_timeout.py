@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
+from unittest import mock
 
+import registry
 from registry import Registry
 from tests.credentials import basic, users_line
 from tests.support import (
@@ -94,6 +97,24 @@ class TimeRunsOut(HTTPTestCase):
         wait_until(lambda: not self.running.server.connections, "for it to be given up")
 
 
+class HeadsAndBodies(HTTPTestCase):
+    def test_the_time_for_a_head_is_none_for_its_body(self) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            self.addCleanup(end.close)
+        reader, received = registry.SocketReader(ours), iter((b"GET / HTTP/1.1\r\n", b"Host: a\r\n\r\nbody"))
+        deadlines: list[float] = []
+
+        def within(_seconds: float, *_operation: object) -> bytes:
+            deadlines.append(reader.deadline)
+            return next(received)
+
+        with mock.patch.object(reader, "_within", within):
+            self.assertEqual(reader.read_head(), b"GET / HTTP/1.1\r\nHost: a")
+        self.assertEqual((deadlines[0], reader.deadline), (0.0, 0.0))
+        self.assertGreater(deadlines[1], time.monotonic())
+
+
 class RepliesBeforeTheBody(HTTPTestCase):
     """Requests that are answered before their body has come, from clients without any right."""
 
@@ -176,6 +197,15 @@ class RepliesBeforeTheBody(HTTPTestCase):
                 held = [self.begin(framing) for _ in range(self.LIMIT)]
                 for connection in held:
                     self.assert_error(connection.read(), 401)
+                self.assert_served()
+
+    def test_whoever_owes_a_rest_after_a_good_reply_makes_room(self) -> None:
+        self.patch(LINGER_TIMEOUT=10 * TIMEOUT, EVICTION_DELAY=0.0)
+        for framing in (self.SMALL, self.LARGE, self.CHUNKED):
+            with self.subTest(framing):
+                for _ in range(self.LIMIT):
+                    connection = self.connect().request("GET", "/v2/", framing, self.AUTHORIZATION)
+                    self.assert_status(connection.read(), 200)
                 self.assert_served()
 
     def test_whoever_does_not_read_errors_makes_room(self) -> None:

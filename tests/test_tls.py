@@ -206,6 +206,15 @@ class ConnectionsEndWithANotice(TLSTestCase):
         secure.sendall(b"GET /v2/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         self.assertTrue(self.read_to_the_end(secure).endswith(b"\r\n\r\n{}\n"))
 
+    def test_it_is_not_waited_for_the_clients(self) -> None:
+        self.patch(LINGER_TIMEOUT=0.1)
+        self.serve()
+        for last in (b"GET /v2/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"nonsense\r\n\r\n"):
+            secure = self.shake_hands()
+            secure.sendall(last)
+            self.read_to_the_end(secure)  # and says nothing itself
+        wait_until(lambda: not self.registry.server.connections, "for both to be over", 5)
+
     def test_an_idle_connection_ends_with_it(self) -> None:
         self.patch(IDLE_TIMEOUT=0.3)
         self.serve()

@@ -127,8 +127,8 @@ class CommitsMayFail(UploadTestCase):
 class BuffersAreBounded(UploadTestCase):
     """What uploads hold in memory while their clients send nothing."""
 
-    def held_by(self, uploads: int, size: int) -> int:
-        """The bytes of memory that so many uploads hold, each stalled after so many bytes."""
+    def held_by(self, uploads: int, size: int, expected: int | None = None) -> int:
+        """The bytes of memory that so many uploads hold, each stalled after so many of the expected bytes."""
         arrived, go_on = threading.Semaphore(0), threading.Event()
 
         def upload() -> int:
@@ -144,7 +144,7 @@ class BuffersAreBounded(UploadTestCase):
                 return count
 
             with self.registry.store.files.new_upload("sha256") as file:
-                return file.append(readinto)
+                return file.append(readinto, expected)
 
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
@@ -159,10 +159,18 @@ class BuffersAreBounded(UploadTestCase):
         return held
 
     def test_uploads_of_which_little_has_come_hold_little(self) -> None:
-        self.assertLess(self.held_by(100, 1), 10 * MEBIBYTE)
+        for expected in (None, 100 * MEBIBYTE):
+            self.assertLess(self.held_by(100, 1, expected), 10 * MEBIBYTE)
 
     def test_uploads_hold_no_more_than_so_much_all_together(self) -> None:
         self.assertLess(self.held_by(100, 3 * MEBIBYTE), 80 * MEBIBYTE)
+
+    def test_those_that_are_done_leave_large_buffers_to_others(self) -> None:
+        with mock.patch.object(registry.UploadFile, "LARGE", threading.Semaphore(1)):
+            for content in (os.urandom(3 * MEBIBYTE), os.urandom(3 * MEBIBYTE)):
+                self.client.push_blob(content)
+                self.assertTrue(registry.UploadFile.LARGE.acquire(timeout=TIMEOUT))
+                registry.UploadFile.LARGE.release()
 
     def test_small_and_large_buffers_take_every_byte_in_order(self) -> None:
         for lanes in (0, 1):
@@ -186,6 +194,37 @@ class BuffersAreBounded(UploadTestCase):
                     mock.patch.object(registry.UploadFile, "LARGE", threading.Semaphore(lanes)),
                 ):
                     self.fail_write(failing)
+
+    def test_what_a_write_did_not_take_is_no_part_of_the_digest(self) -> None:
+        for breaks in (False, True):
+            with self.subTest(breaks=breaks):
+                self.write_in_part(os.urandom(200_000), breaks=breaks)
+
+    def write_in_part(self, content: bytes, *, breaks: bool) -> None:
+        """Let each write take only some of an upload; or let the second fail."""
+        written: list[int] = []
+
+        class Narrow(io.FileIO):
+            def write(self, data: Any) -> int:
+                if breaks and written:
+                    raise OSError(errno.EIO, "broken")
+                written.append(super().write(data[:50_000]))
+                return written[-1]
+
+        def narrow(path: str, _mode: str, **options: Any) -> io.FileIO:
+            return Narrow(path, "rb+", opener=options["opener"])
+
+        with self.registry.store.files.new_upload("sha256") as file, contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(registry, "open", narrow, create=True))
+            if breaks:
+                stack.enter_context(self.assertRaisesRegex(OSError, "broken"))
+            try:
+                file.append(io.BytesIO(content).readinto)
+            finally:
+                taken = content[: sum(written)]
+                self.assertEqual(Path(file.path).read_bytes(), taken)
+                self.assertEqual((file.size, file.digest("sha256")), (len(taken), digest_of(taken)))
+        self.assertEqual(len(taken), 50_000 if breaks else len(content))
 
     def test_what_was_taken_back_is_no_part_of_the_digest(self) -> None:
         with self.registry.store.files.new_upload("sha256") as file:

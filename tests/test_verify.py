@@ -102,6 +102,13 @@ class WhatIsFound(VerifyTestCase):
         digest = self.damage.add(unique())
         self.assertEqual(self.verify(), [("unreferenced", digest)])
 
+    def test_a_file_that_waits_for_its_removal_is_no_stray(self) -> None:
+        digest = self.damage.add(unique())
+        upkeep.change(self.data.path, "INSERT INTO pending_deletes VALUES (?)", digest)
+        self.assertEqual(self.verify(repair=True), [])
+        self.registry.store.remove_pending()
+        self.assertNotIn(digest, self.data.files())
+
     def test_what_has_a_name_that_no_blob_has_is_left_alone(self) -> None:
         (self.data.path / "blobs/sha256/notes.txt").write_text("mine")
         (self.data.path / "blobs/sha512/lost+found").mkdir()

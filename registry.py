@@ -18,7 +18,8 @@ The data directory:
     corrupt/                    damaged files that verify --repair moved out of the way
 
 The one invariant: **a file is durable before its row exists, and a row goes before its file does.**
-A crash can therefore leave a file that no row names, and never a row whose file is missing.
+A crash can therefore leave a file that no row names, and never a row whose file is missing. (Only a
+damaged file is moved aside before its row goes: it could not be served anyway.)
 
 The sections, each of which uses only those above it:
 
@@ -130,7 +131,6 @@ EVICTION_TIMEOUT = 0.1  # for a connection that makes room for another
 STOP_TIMEOUT = 10.0  # for requests in flight when the daemon is told to stop
 DATABASE_TIMEOUT = 60.0  # for the database's write lock, whoever holds it
 DAY = 24 * 3600
-UPLOAD_LIFETIME = 24 * 3600.0  # of an idle upload session
 OPTIONAL_WRITE_TIMEOUT = 1.0  # for the write lock, by what can do without or be tried again later
 LEASE_SLACK = 5.0  # seconds by which leased_at may be behind
 GRACE = 3600.0  # how long a client can rely on what it was told, by default
@@ -156,9 +156,7 @@ LISTING_STEP = 1_000  # names read at once when the caller may not pull all of t
 FORMAT_VERSION = 2  # PRAGMA user_version of the schema.sql beside this file
 
 ALGORITHMS = ("sha256", "sha512")
-NAME = re.compile(
-    r"(?!.{256})[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
-)
+NAME = re.compile(r"(?!.{256})[a-z0-9]+(?:(?:[./]|__?|-+)[a-z0-9]+)*")  # the specification's, shorter
 NAME_LIMIT = 255
 AFTER_NAMES = "\x7f"  # no name begins with this or anything after it in byte order
 MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the slash
@@ -177,8 +175,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0
 class ErrorCode(enum.Enum):
     """What can go wrong: HTTP status, code on the wire, message.
 
-    The first fourteen are the specification's codes. The others say one of the fourteen with a
-    status or a message of their own, so that no client meets a code it has never heard of.
+    The first fourteen are the specification's; the others use one of its codes, which every client knows.
     """
 
     BLOB_UNKNOWN = 404, "BLOB_UNKNOWN", "blob unknown to the repository"
@@ -326,12 +323,9 @@ class Manifest(NamedTuple):
 
     def descriptor(self, digest: str, size: int) -> bytes:
         """How the list of referrers describes it, as JSON (specification, "Listing Referrers")."""
-        descriptor: dict[str, Any] = {"mediaType": self.media_type, "digest": digest, "size": size}
-        if self.artifact_type:
-            descriptor["artifactType"] = self.artifact_type
-        if self.annotations:
-            descriptor["annotations"] = self.annotations
-        return encode_json(descriptor)
+        optional = {"artifactType": self.artifact_type, "annotations": self.annotations}
+        present = {name: value for name, value in optional.items() if value}
+        return encode_json({"mediaType": self.media_type, "digest": digest, "size": size, **present})
 
 
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
@@ -590,15 +584,11 @@ class UploadFile(io.FileIO):
         if state and state[1] == file_state(self.fileno()):
             self._hash = state[0]
 
-    def unlink(self) -> None:
-        """Remove the file from uploads/; no error if it is not there."""
-        remove_file(self.path)
-
     def close(self) -> None:
         """Release the lock, also if a forked child has inherited it."""
         if not self.closed:
             if "-" not in self.id:
-                self.unlink()
+                remove_file(self.path)
             fcntl.flock(self, fcntl.LOCK_UN)
             super().close()
 
@@ -630,7 +620,7 @@ class Files:
                     sync_directory(os.path.dirname(path))
 
         make(self.root, 0o700)  # the data is its owner's alone
-        for directory in ("blobs", "blobs/sha256", "blobs/sha512", "uploads"):
+        for directory in ("blobs/sha256", "blobs/sha512", "uploads"):
             make(f"{self.root}/{directory}")
         for algorithm in ALGORITHMS:  # a device has one number however often it is mounted: only a try tells
             paths = f"{self.root}/uploads/.probe", f"{self.root}/blobs/{algorithm}/.probe"
@@ -650,8 +640,7 @@ class Files:
 
     def path(self, digest: str) -> str:
         """Where the content with this digest is, or would be."""
-        algorithm, _, value = digest.partition(":")
-        return f"{self.root}/blobs/{algorithm}/{value}"
+        return f"{self.root}/blobs/{digest.replace(':', '/')}"
 
     def open(self, digest: str, size: int) -> BinaryIO | None:
         """The content, open for reading; None when it is missing or not of this size."""
@@ -673,13 +662,13 @@ class Files:
         """
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
-            upload.unlink()
+            remove_file(upload.path)
             raise RegistryError(ErrorCode.DIGEST_INVALID, f"content is {actual}, not {digest}")
         if self.durable:
             try:
                 os.fsync(upload.fileno())
             except OSError:
-                upload.unlink()  # tried again, what the system dropped might count as written (see _sync_log)
+                remove_file(upload.path)  # a second try might succeed without what the system has dropped
                 raise
         target = self.path(digest)
         os.replace(upload.path, target)
@@ -888,9 +877,9 @@ class Database:
 
     def generation(self) -> object:
         """What changes with every commit of whatever process; None where that cannot be told."""
-        if self._index is not None:
+        if self._index is not None and not self._index.closed:  # the file may be gone (see map_log_index)
             return self._index[:]
-        return self._states and self._look()
+        return self._look() if self._states else None
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """The rows of one query."""
@@ -949,7 +938,12 @@ class Store:
         self._sync_lock = threading.Lock()
         self._commits = self._synced = 0  # how many there were, and how many of them are durable
         self._unsyncable = False
-        with contextlib.ExitStack() as resources:
+        failing = explain_failure(f"cannot use {root} as data directory", "name one that you can write to")
+        with failing, contextlib.ExitStack() as resources:
+            if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
+                raise StartupError(
+                    f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}"
+                )
             if not read_only:
                 self._open_for_writing(resources)
             elif not os.path.exists(self._path):  # SQLite says no more than that it cannot open it
@@ -1020,13 +1014,13 @@ class Store:
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query, remembered until something is committed by whatever process."""
         key, generation = (sql, *parameters), self._database.generation()
-        rows: list[Any]
-        known, rows = self._lookups.get(key) or (None, [])
-        if not rows or known != generation:
-            rows = self.query(sql, *parameters)
-            size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
-            if rows and generation is not None and size <= 32 * KIB:
-                self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
+        known: tuple[object, list[Any]] | None = self._lookups.get(key)
+        if known and known[0] == generation:
+            return known[1]
+        rows = self.query(sql, *parameters)
+        size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
+        if rows and generation is not None and size <= 32 * KIB:
+            self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
     def backup(self, path: str) -> None:
@@ -1202,10 +1196,9 @@ class Store:
 
     def remove_pending(self) -> None:
         """Try to remove all the files whose rows are gone."""
-        sql, last = "SELECT digest FROM pending_deletes WHERE digest > ? ORDER BY digest LIMIT ?", ""
-        while rows := self.query(sql, last, BATCH):
-            self.remove_files([digest for (digest,) in rows])
-            ((last,),) = rows[-1:]
+        for rows in self.pages("digest", "pending_deletes WHERE 1", after=("",)):
+            for start in range(0, len(rows), BATCH):
+                self.remove_files([digest for (digest,) in rows[start : start + BATCH]])
 
     def remove_files(self, digests: Iterable[str]) -> None:
         """Remove those of these files whose rows are gone; under the write lock, or a push might need one."""
@@ -1268,10 +1261,10 @@ class Store:
                 yield upload
             except Exception as error:
                 if is_out_of_space(error):
-                    upload.unlink()
+                    remove_file(upload.path)
                 raise
             if os.path.lexists(upload.path):
-                self._hashes.put(session, upload.hash_state(), UPLOAD_LIFETIME)
+                self._hashes.put(session, upload.hash_state(), DAY)
 
     def session_size(self, name: str, session: str) -> int:
         """How many bytes an upload session has, also while they are coming. Raises BLOB_UPLOAD_UNKNOWN."""
@@ -1295,18 +1288,16 @@ class Store:
                     (now, began - PUSH_PAUSE, repository),
                 )
 
-    def expire_uploads(self, lifetime: float = UPLOAD_LIFETIME) -> None:
-        """Drop upload sessions idle for so many seconds, and what a crash left of uploads in one request."""
-
-        def is_left_behind(name: str, status: os.stat_result) -> bool:
-            return "-" not in name or abs(time.time() - status.st_mtime) > lifetime  # by a wrong clock, maybe
-
-        for name, status in self.files.uploads():
+    def expire_uploads(self) -> None:
+        """Drop upload sessions idle for a day, and what a crash left of uploads in one request."""
+        for name, _ in self.files.uploads():
             try:
-                if is_left_behind(name, status):
-                    with UploadFile(self.files, name, patience=0.0) as upload:
-                        if is_left_behind(name, os.fstat(upload.fileno())):
-                            upload.unlink()
+                with UploadFile(
+                    self.files, name, patience=0.0
+                ) as upload:  # closing it drops all but sessions
+                    idle = abs(time.time() - os.fstat(upload.fileno()).st_mtime)  # by a wrong clock, maybe
+                    if idle > DAY:
+                        remove_file(upload.path)
             except (RegistryError, FileNotFoundError):
                 pass  # it is being written to, or was finished just now
             except OSError as error:
@@ -1357,17 +1348,15 @@ class Store:
             "UPDATE manifests SET pulled_at = ?"
             " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?"
         )
-        rows = [(moment, name, digest) for (name, digest), moment in pulled.items()]
+        # In one step, since who has begun to note a pull may still do so there.
+        rows = [(moment, name, digest) for (name, digest), moment in list(pulled.items())]
         if rows and self._change_if_possible(sql, rows) is None:
             self._pulled = {**pulled, **self._pulled}
 
     def put_manifest(
         self, name: str, reference: str, manifest: Manifest, content: bytes, *, tags: list[str], check: Check
     ) -> str:
-        """Store a parsed manifest, durably, if check lets what the reference named go; returns its digest.
-
-        Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN.
-        """
+        """Store a manifest durably; its digest. Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN, and check's."""
         digest = reference if is_digest(reference) else digest_of(content)
         with self.files.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
@@ -1450,10 +1439,7 @@ class Store:
     def referrers(
         self, name: str, subject: str, artifact_type: str | None, last: str
     ) -> tuple[list[tuple[str, bytes]], bool]:
-        """The manifests that refer to a subject, after one, by digest; the subject may be absent.
-
-        Digests and descriptors in JSON, as many as fit on a page, at least one; and whether there are more.
-        """
+        """Digests and descriptors (JSON) of a page of a subject's referrers; and whether there are more."""
         about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
         rows = self.query_cached(
             "SELECT repository_id, digest, size, short FROM referrer_descriptors"
@@ -1548,7 +1534,8 @@ class Collector:
                 for _ in range(BATCH):
                     if page and len(self._removed) < BATCH:
                         act(*page.pop(0))
-            self.store.remove_files([removal.digest for removal in self._removed])
+            if self._removed:
+                self.store.remove_files([removal.digest for removal in self._removed])
             for removal in self._removed:
                 self._totals["manifest" if removal.kind == "manifest" else "blob"] += 1
                 self._totals["bytes"] += removal.size
@@ -1843,6 +1830,8 @@ def load_certificate(certificate: str, key: str | None = None) -> ssl.SSLContext
 
 def hash_password(password: str, salt: bytes = b"", ln: int = 14, r: int = 8, p: int = 1) -> str:
     """A password's scrypt hash as a line of the users file holds it; with a new salt, if none is given."""
+    if not hasattr(hashlib, "scrypt"):
+        raise ValueError("this Python has no scrypt; use one that was built with OpenSSL")
     salt = salt or secrets.token_bytes(16)
     value = hashlib.scrypt(password.encode(), salt=salt, n=1 << ln, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
     encoded = (base64.b64encode(part).decode("ascii").rstrip("=") for part in (salt, value))
@@ -1890,7 +1879,7 @@ def read_lines(parse: Callable[[str], Any], *paths: str) -> list[Any]:
     parsed = []
     for path in paths:
         text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
-        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        for number, line in enumerate(map(str.strip, text.split("\n")), 1):
             try:
                 if line and not line.startswith("#"):
                     parsed.append(parse(line))
@@ -2440,7 +2429,7 @@ class Request:
         chunked = encoding == "chunked" and modern
         if "transfer-encoding" in headers and (not chunked or "content-length" in headers):
             raise RegistryError(ErrorCode.BAD_REQUEST, "ambiguous length of the body")
-        if length != "0" and not re.fullmatch("[0-9]{1,18}", length):
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad Content-Length")
         if expectation not in ("", "100-continue"):
             raise RegistryError(ErrorCode.EXPECTATION_FAILED)
@@ -2460,7 +2449,7 @@ class Request:
 
     def parameter(self, name: str) -> str | None:
         """The first value that the query gives a parameter, or None."""
-        return next(iter(self.parameters.get(name, [])), None)
+        return self.parameters[name][0] if name in self.parameters else None
 
     def base_url(self) -> str:
         """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
@@ -2491,7 +2480,8 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
-    first, last = (digits[:18] for digits in match.groups())  # which no content's size has
+    # Without leading zeros, no content's size has more digits than that.
+    first, last = (digits and digits.lstrip("0")[:18].zfill(1) for digits in match.groups())
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
@@ -2625,7 +2615,7 @@ def upload_status(request: Request, name: str, session: str) -> Reply:
 def upload_cancel(request: Request, name: str, session: str) -> Reply:
     """Drop an upload session (end-14)."""
     with request.store.session(name, session) as upload:
-        upload.unlink()
+        remove_file(upload.path)
     return Reply(204)
 
 
@@ -2676,7 +2666,7 @@ def listing_reply(request: Request, fetch: Callable[[str, int], list[str]], kind
     text = request.parameter("n")
     if text is not None and not re.fullmatch("[0-9]+", text):
         raise RegistryError(ErrorCode.PAGE_INVALID, text)
-    size = min(int((text or "10000")[:18]), 10_000)
+    size = min(int((text or "10000").lstrip("0")[:18] or 0), 10_000)
     names = fetch(request.parameter("last") or "", size + 1 if size else 0)
     links = [page_link(request.path, n=size, last=names[size - 1])] if len(names) > size else []
     return json_reply({**more, kind: names[:size]}, *links)
@@ -2840,7 +2830,7 @@ def error_reply(error: Exception, request: Request | None = None) -> Reply:
         elif is_busy(error):
             error = RegistryError(ErrorCode.DATABASE_BUSY, headers=(("Retry-After", "5"),))
         else:
-            write_log("".join(traceback.format_exception(type(error), error, error.__traceback__)), end="")
+            write_log(traceback.format_exc(), end="")
             error = RegistryError(ErrorCode.INTERNAL)
     headers = [("Content-Type", JSON), *error.headers]
     if request and error.code is ErrorCode.UNAUTHORIZED:
@@ -3066,14 +3056,6 @@ class Server(ThreadingHTTPServer):
 # === Embedding ========================================================================================
 
 
-def open_store(data: str | os.PathLike[str], **options: Any) -> Store:
-    """A store, or a StartupError that says why there is none; takes what Store takes."""
-    if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
-        raise StartupError(f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}")
-    with explain_failure(f"cannot use {data} as data directory", "name one that you can write to"):
-        return Store(data, **options)
-
-
 _running: set[Registry] = set()  # those that are open in this process
 _inherited: set[str] = set()  # data directories that were open in another when this one was forked from it
 
@@ -3141,9 +3123,9 @@ class Registry:
             if data is None:
                 data = tempfile.mkdtemp(prefix="registry-")
                 resources.callback(shutil.rmtree, data, ignore_errors=True)
-            options = {"sparse": self.sparse, "read_only": self.read_only, "limits": self.limits}
-            durable = self.data is not None if self.sync is None else self.sync
-            self.store = open_store(data, durable=durable, **options)
+            sync = self.data is not None if self.sync is None else self.sync
+            options: Any = {"sparse": self.sparse, "read_only": self.read_only, "limits": self.limits}
+            self.store = Store(data, durable=sync, **options)
             resources.callback(self.store.close)
             listener = listener or self.bind()
             resources.callback(listener.close)
@@ -3162,6 +3144,12 @@ class Registry:
         if self.data is not None and os.path.realpath(self.data) in _inherited:
             # SQLite here would take the locks of the process it is a copy of for its own.
             raise StartupError(f"{self.data} was in use when this process was forked; start one anew for it")
+        if self.max_connections < 1:
+            raise StartupError("with fewer than 1 connection nobody can be served")
+        if self.tls_cert and ssl is None:
+            raise StartupError(
+                "this Python has no TLS (its module ssl); leave --tls-cert out, or use another"
+            )
         if self.tls_key and not self.tls_cert:
             raise StartupError("a key needs a certificate too; give --tls-cert")
         if not self.users and (self.grants or self.anonymous_pull):
@@ -3190,11 +3178,11 @@ class Registry:
             self.store.flush_pulls: 60.0,  # seconds
             self.store.files.keep_reserve: 60.0,
             self.store.expire_uploads: 3600.0,
-            (collect := self._collect_garbage): self.gc_interval or math.inf,
+            self._collect_garbage: self.gc_interval or math.inf,
         }
         due = {job: time.monotonic() + interval for job, interval in intervals.items()}
         if self.gc_interval:  # since the last time, by a clock that may have been ahead
-            due[collect] -= abs(time.time() - self.store.files.collected_at())
+            due[self._collect_garbage] -= abs(time.time() - self.store.files.collected_at())
 
         def run() -> None:
             while not stopped.wait(min(due.values()) - time.monotonic()):
@@ -3211,7 +3199,7 @@ class Registry:
         resources.callback(stopped.set)
 
     def _collect_garbage(self) -> None:
-        """Collect, and with the first collection of a day (UTC) walk over blobs/."""
+        """Collect, and with the first collection of each later day (UTC) walk over blobs/."""
         walk, stopped = self.store.files.collected_at() // DAY != time.time() // DAY, self._stopped.is_set
         collector = Collector(self.store, self.policy or Policy(), lambda _removal: None, stopped=stopped)
         collector.run(walk=walk)
@@ -3230,8 +3218,8 @@ class Registry:
     @property
     def netloc(self) -> str:
         """Host and port as an image reference begins with them: 127.0.0.1:5000."""
-        host, port = self.server.server_address[:2]
-        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+        host, port = map(str, self.server.server_address[:2])
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property
     def url(self) -> str:
@@ -3262,6 +3250,8 @@ def open_standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it gets the lowest number that is free
+    with contextlib.suppress(AttributeError):  # in a test, it may be something else than a stream
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for odd file names
 
 
 def print_line(line: str) -> None:
@@ -3424,7 +3414,8 @@ def command_passwd(options: argparse.Namespace) -> None:
 def change_user(path: str, name: str, line: str | None) -> None:
     """Replace a user's line in a users file, or remove it; another such change waits. Raises StartupError."""
     with locked_directory(os.path.dirname(path)):
-        before = Path(path).read_text(encoding="utf-8-sig").splitlines() if os.path.exists(path) else []
+        text = Path(path).read_text(encoding="utf-8-sig") if os.path.exists(path) else ""
+        before = text.rstrip("\n").split("\n") if text else []
         after = [other for other in before if other.partition(":")[0].strip() != name]
         if line is None and after == before:
             raise StartupError(f"there is no {name} in {path}")
@@ -3447,7 +3438,7 @@ def open_existing_store(data: str, change: bool = True) -> Store:
     """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
-    return open_store(data, read_only=not change and bool(os.statvfs(data).f_flag & os.ST_RDONLY))
+    return Store(data, read_only=not change and bool(os.statvfs(data).f_flag & os.ST_RDONLY))
 
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}

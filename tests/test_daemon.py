@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import registry
 from tests.daemon import Daemon, DaemonTestCase, command, python, run
 from tests.mounts import mounted, no_volume
 from tests.support import (
@@ -40,6 +41,12 @@ class ItStarts(DaemonTestCase):
         self.assertEqual(daemon.output, [f"Serving {self.path} at http://{daemon.client.host}"])
         self.assertRegex(daemon.client.host, r"\A127\.0\.0\.1:[1-9][0-9]*\Z")
         self.assert_status(daemon.client.get("/v2/"), 200)
+
+    def test_a_name_that_cannot_be_printed_is_no_obstacle(self) -> None:
+        with mock.patch.dict("tests.daemon.ENVIRONMENT", {"PYTHONIOENCODING": "utf-8:strict"}):
+            daemon = Daemon(self.path / os.fsdecode(b"d\xff"))
+            with daemon:
+                self.assertTrue(daemon.serving[1].endswith("/d\\udcff"), daemon.output)
 
     def test_an_ipv6_address_is_served_in_brackets(self) -> None:
         try:
@@ -84,6 +91,14 @@ class ItRefusesToStart(DaemonTestCase):
         result = python("registry.py", *arguments) if real else command(*arguments)
         self.assertEqual((result.returncode, result.stdout), (1, ""), result)
         self.assertRegex(result.stderr, r"\Aregistry\.py: [^\n]+\n\Z")
+
+    def test_no_room_for_a_single_connection(self) -> None:
+        with self.assertRaisesRegex(registry.StartupError, "fewer than 1"):
+            registry.Registry(max_connections=0).start()
+
+    def test_tls_where_python_has_none(self) -> None:
+        with mock.patch("registry.ssl", None):
+            self.assert_refused("--tls-cert", "any.pem")
 
     def test_a_port_in_use(self) -> None:
         with socket.socket() as taken:

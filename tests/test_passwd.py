@@ -92,6 +92,16 @@ class UsersAreChanged(AccessTestCase):
         self.passwd("alice", "--delete")
         self.assert_status(client.as_caller(basic("alice", "secret")).get("/v2/"), 401)
 
+    def test_where_python_cannot_hash_it_says_so(self) -> None:
+        with mock.patch.object(registry, "hashlib", spec=[]), self.assertRaisesRegex(ValueError, "scrypt"):
+            registry.hash_password("secret")
+
+    def test_only_a_line_feed_ends_a_line(self) -> None:
+        self.users.write_text("# a\x0cb\u2028c\n", "utf-8")
+        self.passwd("alice", password="secret")
+        self.assertEqual(registry.load_users(str(self.users)).keys(), {"alice"})
+        self.assertEqual(self.users.read_text("utf-8").split("\n")[0], "# a\x0cb\u2028c")
+
     def test_names_and_passwords_that_cannot_be(self) -> None:
         before = self.users.read_bytes()
         for name in (

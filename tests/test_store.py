@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import os
+import shutil
 import tempfile
 import threading
 import tracemalloc
@@ -272,6 +273,15 @@ class OutsideHands(HTTPTestCase):
                     self.assertEqual(sorted(daemon.client.get("tags/list").json["tags"]), sorted(tags))
                     second.client.push_image(f"v{number + 2}")
             self.assertIsNone(daemon.process.poll())
+
+    def test_one_whose_directory_another_has_taken_serves_on(self) -> None:
+        with Registry(self.data) as lost:
+            before = Client(lost.netloc, "lost/image")
+            before.push_image("v1")
+            shutil.rmtree(self.data)
+            with Registry(self.data) as running:
+                Client(running.netloc, "found/image").push_image("v1")
+                self.assertEqual(before.get("tags/list").json["tags"], ["v1"])
 
     @unittest.skipUnless(LINUX, "asks for a lock as SQLite takes it there")
     def test_a_store_that_is_closed_leaves_sqlites_locks_to_the_others_of_this_process(self) -> None:

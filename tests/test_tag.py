@@ -116,6 +116,7 @@ class TagsAreListed(RegistryTestCase):
         ordered = sorted(self.TAGS, key=str.encode)
         for count in range(1, len(ordered) + 1):
             self.assertEqual(self.tags(f"?n={count}"), ordered[:count])
+            self.assertEqual(self.tags(f"?n={'0' * 30}{count}"), ordered[:count])
 
     def test_a_link_leads_to_the_next_page(self) -> None:
         ordered = sorted(self.TAGS, key=str.encode)

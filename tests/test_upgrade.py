@@ -237,7 +237,7 @@ class OldDirectoriesAreUpgraded(HTTPTestCase):
     def test_what_goes_wrong_halfway_changes_nothing(self) -> None:
         before, read = self.dump(), Path.read_text
         with mock.patch.object(Path, "read_text", lambda *a, **o: read(*a, **o) + "SELECT wrong();"):
-            self.assertRaises(sqlite3.Error, registry.Store, self.data.path)
+            self.assertRaises(registry.StartupError, registry.Store, self.data.path)
         self.assertEqual(self.dump(), before)
         with self.serve() as client:
             self.assertEqual(self.seen(client), self.before)

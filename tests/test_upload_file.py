@@ -252,7 +252,7 @@ class BuffersAreBounded(UploadTestCase):
             self.assertEqual(len(sizes), failing + 1)
             self.assertEqual(file.digest("sha256"), digest_of(Path(file.path).read_bytes()))
         finally:
-            file.unlink()
+            os.unlink(file.path)
             file.close()
 
 

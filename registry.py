@@ -18,25 +18,10 @@ The data directory:
     corrupt/                    damaged files that verify --repair moved out of the way
 
 The one invariant: **a file is durable before its row exists, and a row goes before its file does.**
-A crash can therefore leave a file that no row names, and never a row whose file is missing. (Only a
-damaged file is moved aside before its row goes: it could not be served anyway.)
+A crash can therefore leave a file that no row names, and a row without its file only if that was damaged.
 
-The sections, each of which uses only those above it:
-
-    Constants       media types, limits, the patterns of names
-    Errors          one table of what can go wrong, and the exception that carries its rows
-    Digests         parsing and computing them
-    Manifests       what a manifest says, checked
-    Files           the content-addressed directory and the files under upload; knows no SQL
-    Store           files and SQLite together; knows no HTTP
-    Maintenance     garbage collection, and verifying what is stored
-    Access          users, grants, tokens and the certificate; knows no HTTP either
-    Messages        requests and replies: heads, bodies, ranges, pages
-    Handlers        one function per operation
-    Routes          one table: method, path, handler
-    Server          connections and their threads
-    Embedding       Registry, a server and its store as one object
-    Command line    main, and one function per command
+The sections, each of which uses only those above it: Constants, Errors, Digests, Manifests, Files, Store,
+Maintenance, Access, Messages, Handlers, Routes, Server, Embedding, Command line.
 """
 
 from __future__ import annotations
@@ -92,20 +77,18 @@ except ImportError:  # a Python built without it serves plain HTTP
     ssl = None  # type: ignore[assignment]
 
 if (python := sys.version_info) < (3, 9):  # a SyntaxError here? registry.py needs Python 3.9 or newer
-    raise (SystemExit if __name__ == "__main__" else ImportError)(
-        f"registry.py needs Python 3.9 or newer; this is {python[0]}.{python[1]}"
-    )
+    error = SystemExit if __name__ == "__main__" else ImportError
+    raise error(f"registry.py needs Python 3.9 or newer; this is {python[0]}.{python[1]}")
 
 __version__ = "1.0"
-__all__ = ["Registry"]
+__all__ = ["Limits", "Policy", "Registry"]
 
-# === Constants ========================================================================================
+# === Constants: media types, limits, the patterns of names ============================================
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
-JSON = "application/json"
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -159,9 +142,8 @@ ALGORITHMS = ("sha256", "sha512")
 NAME = re.compile(r"(?!.{256})[a-z0-9]+(?:(?:[./]|__?|-+)[a-z0-9]+)*")  # the specification's, shorter
 NAME_LIMIT = 255
 AFTER_NAMES = "\x7f"  # no name begins with this or anything after it in byte order
-MEDIA_TYPE_LIMIT = 255  # RFC 6838, 4.2: 127 characters on either side of the slash
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
+MEDIA_TYPE = re.compile(r"(?!.{256})[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A file under uploads/. A session's id says when it began, what its bytes are hashed with and, hashed, whose
 # it is.
@@ -169,14 +151,11 @@ UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 
-# === Errors ===========================================================================================
+# === Errors: what can go wrong, in one table, and the exceptions ======================================
 
 
 class ErrorCode(enum.Enum):
-    """What can go wrong: HTTP status, code on the wire, message.
-
-    The first fourteen are the specification's; the others use one of its codes, which every client knows.
-    """
+    """What can go wrong: HTTP status, code on the wire (one of the specification's fourteen), message."""
 
     BLOB_UNKNOWN = 404, "BLOB_UNKNOWN", "blob unknown to the repository"
     BLOB_UPLOAD_INVALID = 400, "BLOB_UPLOAD_INVALID", "blob upload invalid"
@@ -228,9 +207,7 @@ class RegistryError(Exception):
     def __init__(self, code: ErrorCode, *details: str, headers: Headers = ()) -> None:
         details = tuple(detail[:300] for detail in details[:DETAIL_LIMIT])  # what a client sent may be long
         super().__init__(code.message, *details)
-        self.code = code
-        self.details = details
-        self.headers = headers
+        self.code, self.details, self.headers = code, details, headers
 
     def document(self) -> dict[str, Any]:
         """The specification's error document (section "Error Codes")."""
@@ -283,17 +260,12 @@ def write_log(text: str, end: str = "\n") -> None:
         sys.stderr.flush()
 
 
-# === Digests ==========================================================================================
-
-
-def is_digest(text: str) -> bool:
-    """Whether this is a well-formed digest of an algorithm that is served."""
-    return DIGEST.fullmatch(text) is not None
+# === Digests: parsing and computing them ==============================================================
 
 
 def parse_digest(text: str) -> str:
     """The digest itself; DIGEST_INVALID for bad syntax or an algorithm that is not served."""
-    if not is_digest(text):
+    if not DIGEST.fullmatch(text):
         raise RegistryError(ErrorCode.DIGEST_INVALID, text)
     return text
 
@@ -308,7 +280,7 @@ def digest_of(content: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
 
 
-# === Manifests ========================================================================================
+# === Manifests: what a manifest says, checked =========================================================
 
 
 class Manifest(NamedTuple):
@@ -330,21 +302,20 @@ class Manifest(NamedTuple):
 
 def parse_manifest(content: bytes, content_type: str) -> Manifest:
     """A manifest or index of any media type, pushed with this Content-Type or "". Raises MANIFEST_INVALID."""
-    try:  # parse_constant gets NaN and Infinity, which are not JSON
+    try:  # int refuses NaN and Infinity, which are not JSON
         document = json.loads(content.decode("utf-8"), parse_int=_parse_int, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise RegistryError(ErrorCode.MANIFEST_INVALID, f"not JSON: {type(error).__name__}") from None
     _check(isinstance(document, dict), "not a JSON object")
     media_type = _media_type(document, content_type)
-    required, optional = _needs(document)
+    required, optional = (sorted({each["digest"] for each in some}) for some in _needs(document))
     artifact_type = _member(document, "artifactType", str)
     artifact_type = artifact_type or _member(document.get("config", {}), "mediaType", str) or None
     subject = document.get("subject")
     subject = None if subject is None else _descriptors([subject], "subject")[0]["digest"]
     annotations = _member(document, "annotations", dict) or {}
     _check(all(isinstance(value, str) for value in annotations.values()), "annotations are not all strings")
-    required, optional = ({descriptor["digest"] for descriptor in some} for some in (required, optional))
-    return Manifest(media_type, artifact_type, subject, annotations, sorted(required), sorted(optional))
+    return Manifest(media_type, artifact_type, subject, annotations, required, optional)
 
 
 def _needs(document: dict[str, Any]) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -374,11 +345,12 @@ def _parse_int(digits: str) -> int:
 def _media_type(document: dict[str, Any], content_type: str) -> str:
     """The one media type that body, header and the body's members agree on."""
     declared = _member(document, "mediaType", str) or content_type
-    _check(declared == (content_type or declared), f"sent as {content_type}, but mediaType is {declared}")
+    _check(
+        not content_type or declared == content_type, f"sent as {content_type}, but mediaType is {declared}"
+    )
     index, image = "manifests" in document, "layers" in document or "config" in document
     media_type = str(declared or (OCI_INDEX if index else OCI_MANIFEST))
-    well_formed = MEDIA_TYPE.fullmatch(media_type) and len(media_type) <= MEDIA_TYPE_LIMIT
-    _check(well_formed, "malformed media type")
+    _check(MEDIA_TYPE.fullmatch(media_type), "malformed media type")
     schema1 = media_type.startswith("application/vnd.docker.distribution.manifest.v1")  # +json, +prettyjws
     known = document.get("schemaVersion") == 2 and not schema1
     _check(known, "schemaVersion must be 2; Docker's schema 1 is not supported")
@@ -389,10 +361,10 @@ def _media_type(document: dict[str, Any], content_type: str) -> str:
 
 
 def _member(document: dict[str, Any], name: str, kind: type) -> Any:
-    """A member that may be absent or null, but is otherwise of this kind; text is a media type, so short."""
+    """A member that may be absent or null, but is otherwise of this kind; a text, a media type (RFC 6838)."""
     value = document.get(name)
     _check(value is None or isinstance(value, kind), f"{name} is of the wrong type")
-    plain = not isinstance(value, str) or (len(value) <= MEDIA_TYPE_LIMIT and value.isprintable())
+    plain = not isinstance(value, str) or (len(value) <= 255 and value.isprintable())
     _check(plain, f"{name} is too long, or has characters that cannot be printed")
     return value
 
@@ -402,12 +374,12 @@ def _descriptors(values: object, member: str) -> list[Any]:
     descriptors = values if isinstance(values, list) else [None]
     for each in descriptors:
         digest, size = (each.get("digest"), each.get("size", 0)) if isinstance(each, dict) else (None, 0)
-        _check(isinstance(digest, str) and is_digest(digest), f"{member} has no digest, or a bad one")
+        _check(isinstance(digest, str) and DIGEST.fullmatch(digest), f"{member} has no digest, or a bad one")
         _check(type(size) is int and size >= 0, f"{member} has a bad size")
     return descriptors
 
 
-# === Files ============================================================================================
+# === Files: the content-addressed directory and the files under upload; knows no SQL ==================
 
 
 def no_follow(path: str, flags: int) -> int:
@@ -443,7 +415,7 @@ def remove_file(path: str) -> None:
 
 
 def file_state(file: str | int) -> tuple[int, int, int] | None:
-    """What tells whether a file, by path or descriptor, is still the same: time of change, size, inode."""
+    """What tells whether a file, by path or descriptor, is still the same: when modified, size, inode."""
     with contextlib.suppress(OSError):
         status = os.stat(file)
         return status.st_mtime_ns, status.st_size, status.st_ino
@@ -461,7 +433,7 @@ def hash_file(file: io.FileIO, algorithm: str) -> str:
 class UploadFile(io.FileIO):
     """A file under uploads/ that this thread alone may write to (flock), hashed as it grows.
 
-    It is open for reading; for writing only within append and truncate, and so never once it is under blobs/.
+    It is open for reading; for writing only within append and take_back, so never once it is under blobs/.
     A session's file stays when this is closed; any other is gone then, unless it was made a blob.
     """
 
@@ -482,7 +454,7 @@ class UploadFile(io.FileIO):
             super().close()
             raise
         self.size = self._flushed = os.fstat(self.fileno()).st_size
-        # Of exactly the bytes that the file has; None when they came in a request that is not remembered.
+        # Of exactly the bytes that the file has; None when it has to be read for that.
         algorithm = algorithm or (session.split("-")[1] if "-" in session else "sha256")
         self._hash: Any = None if self.size else hashlib.new(algorithm)
 
@@ -499,11 +471,10 @@ class UploadFile(io.FileIO):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
-        """Append all that readinto gives until it gives nothing, and return how many bytes that was.
+        """Append all that readinto gives until it gives nothing; how many bytes that was, as expected or not.
 
-        expected: how many bytes that will be, if it is known. What was received before an exception stays
-        in the file. Once much has come, and not too many others have such, two large buffers take turns:
-        one is hashed and written while the other is filled.
+        What was received before an exception stays in the file. Once much has come, and not too many others
+        have such, two large buffers take turns: one is hashed and written while the other is filled.
         """
         self._files.check_space(self.size, expected or 0)
         start, filled = self.size, 0
@@ -525,12 +496,12 @@ class UploadFile(io.FileIO):
                         else:
                             self._write(file, buffer)
                         buffer, spare = spare, buffer
-                        if buffer is spare and self.LARGE.acquire(blocking=False):
+                        if buffer is spare and self.LARGE.acquire(blocking=False):  # these are small ones
                             from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load
 
                             stack.callback(self.LARGE.release)
                             thread = stack.enter_context(ThreadPoolExecutor(1))
-                            writing = thread.submit(int)
+                            writing = thread.submit(int)  # which has nothing to do
                             buffer = memoryview(bytearray(BUFFER_SIZE))
                             spare = memoryview(bytearray(BUFFER_SIZE))
             finally:
@@ -553,12 +524,11 @@ class UploadFile(io.FileIO):
             os.posix_fadvise(file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
-    def truncate(self, size: int | None = None) -> int:
-        """Take back what was appended past this size."""
+    def take_back(self, size: int) -> None:
+        """Drop what was appended past this size."""
         self._hash = None
         with open(self.path, "rb+", buffering=0, opener=no_follow) as file:
             self.size = file.truncate(size)
-        return self.size
 
     def digest(self, algorithm: str) -> str:
         """The digest of what the file has, which is read unless it was hashed as it came."""
@@ -570,8 +540,8 @@ class UploadFile(io.FileIO):
     def hash_state(self) -> tuple[Any, object] | None:
         """The running hash, and how to tell that the file still has no other bytes than those in it.
 
-        What other processes write may be as long: so it gets a time that no write and nobody else gives it.
-        None where the file system does not keep that.
+        Other processes may write as many bytes as they took back, so a random time of modification marks the
+        file, which any later write changes. None where the file system does not keep that.
         """
         moment = int(time.time()) * 10**9 + secrets.randbelow(10**7) * 100
         with contextlib.suppress(OSError):
@@ -591,6 +561,11 @@ class UploadFile(io.FileIO):
                 remove_file(self.path)
             fcntl.flock(self, fcntl.LOCK_UN)
             super().close()
+
+
+def hashed_name(name: str) -> str:
+    """What stands for a repository in the names of its upload sessions."""
+    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
 
 
 class Limits(NamedTuple):
@@ -629,10 +604,8 @@ class Files:
                 os.replace(*paths)
             except OSError as error:  # a disk that is full, say, is no reason
                 if error.errno == errno.EXDEV:
-                    raise StartupError(
-                        f"uploads and blobs/{algorithm} in {self.root} are different volumes, and files are"
-                        " renamed from one to the other; put the whole data directory on one volume"
-                    ) from None
+                    reason = f"uploads and blobs/{algorithm} are on different volumes; put both on one"
+                    raise StartupError(f"cannot use {self.root} as data directory: {reason}") from None
             finally:
                 for path in paths:
                     with contextlib.suppress(OSError):
@@ -656,10 +629,7 @@ class Files:
         return file
 
     def place(self, upload: UploadFile, digest: str) -> None:
-        """Make an upload the content with this digest, durably: the only way into blobs/.
-
-        What lies there already is replaced, which mends a damaged file. Raises DIGEST_INVALID.
-        """
+        """Make an upload the content of a digest, durably; the one way into blobs/. Raises DIGEST_INVALID."""
         actual = upload.digest(algorithm_of(digest))
         if actual != digest:
             remove_file(upload.path)
@@ -671,7 +641,7 @@ class Files:
                 remove_file(upload.path)  # a second try might succeed without what the system has dropped
                 raise
         target = self.path(digest)
-        os.replace(upload.path, target)
+        os.replace(upload.path, target)  # which mends what is damaged there
         if self.durable:
             sync_directory(os.path.dirname(target))
 
@@ -689,9 +659,7 @@ class Files:
     def quarantine(self, digest: str) -> None:
         """Move what is in the place of a damaged content to corrupt/, beside what is there already."""
         os.makedirs(f"{self.root}/corrupt", exist_ok=True)
-        target = f"{self.root}/corrupt/{digest.replace(':', '-')}"
-        if os.path.lexists(target):
-            target = f"{target}.{secrets.token_hex(8)}"
+        target = f"{self.root}/corrupt/{digest.replace(':', '-')}.{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path(digest), target)
 
@@ -700,7 +668,7 @@ class Files:
         for algorithm in ALGORITHMS:
             path = f"{self.root}/blobs/{algorithm}"  # a copy on other media may lack an empty one
             with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
-                yield from filter(is_digest, (f"{algorithm}:{entry.name}" for entry in entries))
+                yield from filter(DIGEST.fullmatch, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
@@ -724,7 +692,7 @@ class Files:
                 os.unlink(path)
 
     def collected_at(self, *, now: bool = False) -> float:
-        """When a daemon last collected garbage: now, and noted, if that is said, or if none did."""
+        """When a daemon last collected garbage, or noted as now: if so said, and if none ever did."""
         try:
             with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
                 if now:
@@ -753,13 +721,8 @@ class Files:
                         yield entry.name, entry.stat(follow_symlinks=False)
 
 
-def hashed_name(name: str) -> str:
-    """What stands for a repository in the names of its upload sessions."""
-    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
-
-
 class Cache:
-    """Remembers things up to a limit of all their sizes, for as long as each other; the oldest go first."""
+    """Remembers things up to a limit of all their sizes; those of one cache live equally long."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -791,7 +754,7 @@ class Cache:
             self._size -= self._things.pop(key, (0.0, 0, None))[1]
 
 
-# === Store ============================================================================================
+# === Store: files and SQLite together; knows no HTTP ==================================================
 
 
 class Descriptor(NamedTuple):
@@ -802,7 +765,7 @@ class Descriptor(NamedTuple):
     size: int  # bytes
 
 
-Check = Callable[["str | None"], object]  # takes a digest or None, and raises what forbids it
+Check = Callable[["str | None"], object]  # takes the digest that a reference names, raises what forbids it
 
 _log_indexes: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}  # those mapped, by device and inode
 _log_indexes_lock = threading.Lock()
@@ -812,9 +775,9 @@ def map_log_index(path: str) -> mmap.mmap | None:
     """The head of registry.db-shm, which changes with every commit of any process; None if it cannot be had.
 
     It is the index of SQLite's log, written before anybody can see what was committed (walformat.html, 2.1).
-    PRAGMA data_version tells the same, but halves the rate of GETs, since each query lets other threads run.
-    A process that closes any descriptor of a file loses all its locks on it (POSIX), and SQLite's are on this
-    one: so all stores of a process share one, which stays until SQLite has removed the file.
+    PRAGMA data_version halves the rate of GETs, since each query lets other threads run. Who closes any
+    descriptor of a file loses all locks on it (POSIX), and SQLite's are on this one: so all stores of a
+    process share one, until SQLite has removed the file.
     """
     with _log_indexes_lock:
         for key, (descriptor, index) in list(_log_indexes.items()):
@@ -863,7 +826,8 @@ class Database:
             self.close()
             if not read_only or is_busy(error):
                 raise
-            self._states = _, log = self._look()
+            self._states = self._look()
+            log = self._states[1]
             mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
             self.connect = functools.partial(connect, path, mode)
         self._index = None if self._states else map_log_index(f"{path}-shm")
@@ -909,10 +873,9 @@ def read_schema() -> list[str]:
 
 
 class Store:
-    """Repositories on disk: what clients push, and what they may pull.
+    """Repositories on disk: for any thread, beside other processes that have the same data directory.
 
-    All methods may be called from any thread, and several processes may have stores on one data
-    directory. Errors of the caller's making are RegistryErrors; the rest are OSError and sqlite3.Error.
+    Errors of the caller's making are RegistryErrors; the rest are OSError and sqlite3.Error.
     """
 
     def __init__(
@@ -933,7 +896,6 @@ class Store:
         self._lookups = Cache(4 * MIB)  # of query results
         self._hashes = Cache(1_000)  # UploadFile.hash_state of sessions between requests
         self._pulled: dict[tuple[str, str], int] = {}  # when manifests were pulled, not yet recorded
-        self._unremovable: set[str] = set()  # digests of files that could not be removed, and that was said
         self._write_lock = threading.Lock()
         self._sync_lock = threading.Lock()
         self._commits = self._synced = 0  # how many there were, and how many of them are durable
@@ -941,19 +903,17 @@ class Store:
         failing = explain_failure(f"cannot use {root} as data directory", "name one that you can write to")
         with failing, contextlib.ExitStack() as resources:
             if sqlite3.sqlite_version_info < (3, 26):  # upserts are of 3.24, renaming a column is of 3.25
-                raise StartupError(
-                    f"SQLite 3.26 or newer is needed; this Python has {sqlite3.sqlite_version}"
-                )
+                raise StartupError(f"SQLite 3.26 or newer is needed; this is {sqlite3.sqlite_version}")
             if not read_only:
                 self._open_for_writing(resources)
             elif not os.path.exists(self._path):  # SQLite says no more than that it cannot open it
                 raise StartupError(f"there is no {self._path}, so nothing to serve read-only")
             self._database = Database(self._path, read_only=read_only)
-            resources.push(lambda *_: self._database.close())
+            resources.push(lambda *_: self._database.close())  # the one that query may have put there
             ((version,),) = self.query("PRAGMA user_version")
             if version != FORMAT_VERSION:
-                newer = version > FORMAT_VERSION
-                advice = "run the newer registry.py" if newer else "start without --read-only once"
+                older = version < FORMAT_VERSION
+                advice = "start without --read-only once" if older else "run the newer registry.py"
                 raise StartupError(f"{self._path} has format {version}, not {FORMAT_VERSION}: {advice}")
             self._resources = resources.pop_all()
 
@@ -969,8 +929,7 @@ class Store:
             if version < FORMAT_VERSION:  # make the tables, or bring those of format 1 up to date
                 _, before, tables, after = read_schema()
                 script = before + tables + after if version else tables
-                self._writer.execute("PRAGMA foreign_keys = OFF")  # has no effect within a transaction
-                self._writer.executescript(f"BEGIN IMMEDIATE;\n{script}\nCOMMIT;")
+                self._writer.executescript(f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {script} COMMIT;")
                 self._writer.execute("PRAGMA foreign_keys = ON")
                 remove_file(f"{self.files.root}/generation")  # by which format 1 told commits
         if self.files.durable:
@@ -984,8 +943,6 @@ class Store:
         if self._write_lock.acquire(timeout=OPTIONAL_WRITE_TIMEOUT):
             self._resources.close()
             self._write_lock.release()
-
-    # --- SQL
 
     def query(self, sql: str, *parameters: object) -> list[Any]:
         """The rows of one query."""
@@ -1004,7 +961,7 @@ class Store:
                     database.close()
 
     def pages(self, columns: str, source: str, *values: Any, after: Sequence[Any]) -> Iterator[list[Any]]:
-        """Rows of a table with a condition, some at a time, whose first columns come after these values."""
+        """Rows of a source that ends in a condition, some at a time: those whose first columns come after."""
         key, marks = ", ".join(columns.split(", ")[: len(after)]), ", ".join("?" * len(after))
         sql = f"SELECT {columns} FROM {source} AND ({key}) > ({marks}) ORDER BY {key} LIMIT {CHOICE}"
         while rows := self.query(sql, *values, *after):
@@ -1035,7 +992,7 @@ class Store:
     ) -> Iterator[sqlite3.Connection]:
         """SQLite's write lock, held against other threads and processes alike; committed when this returns.
 
-        durable: only when it is on the disk. frees: it is to make room, and may use the reserve for that.
+        durable: only when it is on the disk. frees: it makes room; on a full disk, the reserve goes before.
         """
         deadline = time.monotonic() + timeout
         if frees:
@@ -1053,8 +1010,7 @@ class Store:
                 if self._writer.in_transaction:  # for want of space, SQLite has undone it itself
                     self._writer.execute("ROLLBACK")
                 raise
-            self._commits += 1
-            commit = self._commits
+            commit = self._commits = self._commits + 1
         finally:
             self._write_lock.release()
         if durable:
@@ -1065,9 +1021,8 @@ class Store:
 
         Commits only append to SQLite's log (PRAGMA synchronous = NORMAL): so the write lock is not held while
         the disk takes its time, and one sync serves all who committed before it began. Before the log is
-        begun anew, SQLite syncs it, and the database with all it says (wal.html, 3); while this is open,
-        nobody removes it. A sync that failed is not tried again: the system may have dropped what it could
-        not write, and would report success.
+        begun anew, SQLite syncs it, and the database with all it says (wal.html, 3). After one that failed,
+        the next might succeed without what the system has dropped: so there is none.
         """
         if not self.files.durable:
             return
@@ -1088,7 +1043,8 @@ class Store:
         """A transaction for the rows of a content that is put on disk before, so that nobody waits for that.
 
         Should it have been collected until the transaction begins, the bytes, which are still open, are put
-        there again. If the transaction fails, the file goes unless it has a row.
+        there again. The copies stay locked, which tells verify that they wait for their row. If the
+        transaction fails, the file goes unless it has a row.
         """
         self.files.place(upload, digest)
         try:
@@ -1119,32 +1075,25 @@ class Store:
                 raise
             return None
 
+    LINK = "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, leased_at) VALUES (?, ?, 0)"
     RENEW_LEASE = "UPDATE repository_blobs SET leased_at = ? WHERE repository_id = ? AND digest = ?"
 
     def _link(self, db: sqlite3.Connection, name: str, digest: str, size: int) -> int:
         """Record a content that is on disk, and that a repository serves it. Returns the repository's id."""
         db.execute("INSERT INTO repositories (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
-        db.execute(
-            "INSERT INTO blobs (digest, size) VALUES (?, ?)"
-            " ON CONFLICT (digest) DO UPDATE SET size = excluded.size WHERE size <> excluded.size",
-            (digest, size),
-        )
+        update = "UPDATE SET size = excluded.size WHERE size <> excluded.size"
+        db.execute(f"INSERT INTO blobs VALUES (?, ?) ON CONFLICT (digest) DO {update}", (digest, size))
         ((repository,),) = db.execute("SELECT id FROM repositories WHERE name = ?", (name,))
-        db.execute(
-            "INSERT OR IGNORE INTO repository_blobs (repository_id, digest, leased_at) VALUES (?, ?, 0)",
-            (repository, digest),
-        )
+        db.execute(self.LINK, (repository, digest))
         db.execute(self.RENEW_LEASE, (int(time.time()), repository, digest))
         return int(repository)
 
     def _lease(self, repository: int, digest: str, leased_at: int) -> bool:
         """Let a client rely on a content that it is being told of; whether the content is still here."""
-        now = time.time()  # where this cannot be recorded, the answer stands: a push would fail as well
+        now = time.time()  # where this cannot be recorded now, the answer stands: a push would fail as well
         if self.read_only or now - leased_at < LEASE_SLACK:
             return True
-        return self._change_if_possible(self.RENEW_LEASE, [(int(now), repository, digest)]) != 0
-
-    # --- Contents
+        return self._change_if_possible(self.RENEW_LEASE, [(int(now), repository, digest)]) != 0  # or is None
 
     def open_content(self, descriptor: Descriptor) -> bytes | BinaryIO | None:
         """A content: bytes when it is small, else an open file; None when the disk has lost it."""
@@ -1161,13 +1110,15 @@ class Store:
         self._cache.put(descriptor.digest, content, size=len(content) + CACHE_ENTRY_SIZE)
         return content
 
-    BLOB = "SELECT * FROM contents WHERE repository = ? AND digest = ?"
+    BLOB = (
+        "SELECT repository_id, size, leased_at, needed_by FROM contents WHERE repository = ? AND digest = ?"
+    )
     # All that hangs on a link goes with it, and a blob's row with its last link (schema.sql).
     UNLINK = "DELETE FROM repository_blobs WHERE repository_id = ? AND digest = ?"
 
     def blob(self, name: str, digest: str, *, lease: bool = False) -> Descriptor:
         """A blob of the repository; if leased, gc leaves it alone for the grace. Raises BLOB_UNKNOWN."""
-        for _, repository, _, size, leased_at, _ in self.query_cached(self.BLOB, name, digest):
+        for repository, size, leased_at, _ in self.query_cached(self.BLOB, name, digest):
             if not lease or self._lease(repository, digest, leased_at):
                 return Descriptor("application/octet-stream", digest, size)
         raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
@@ -1178,7 +1129,7 @@ class Store:
             row = db.execute(self.BLOB, (name, digest)).fetchone()
             if row is None:
                 raise RegistryError(ErrorCode.BLOB_UNKNOWN, digest)
-            _, repository, _, _, _, needed_by = row
+            repository, _, _, needed_by = row
             if needed_by:
                 raise RegistryError(ErrorCode.STILL_NEEDED, digest)
             db.execute(self.UNLINK, (repository, digest))
@@ -1209,36 +1160,28 @@ class Store:
                 self._sync_log()  # the rows have to be gone for good, whoever has deleted them
             for digest in pending:
                 self._cache.forget(digest)
-                path = self.files.path(digest)
                 try:
-                    remove_file(path)
-                except OSError as error:
-                    if digest not in self._unremovable:
-                        write_log(f"registry.py: cannot remove {path}, will try again: {error.strerror}")
-                    self._unremovable.add(digest)
-                else:
-                    self._unremovable.discard(digest)
+                    remove_file(self.files.path(digest))
                     db.execute("DELETE FROM pending_deletes WHERE digest = ?", (digest,))
+                except OSError as error:  # which has the path
+                    write_log(f"registry.py: cannot remove a file, will try again: {error}")
 
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Link a blob of another repository to this one; False when the source does not have it."""
-        rows = self.query_cached(self.BLOB, source, digest)
-        file = self.files.open(digest, rows[0][3]) if rows else None
-        if file is None:
-            return False
-        file.close()
-        with self.transaction() as db:
-            rows = db.execute(self.BLOB, (source, digest)).fetchall()
-            for _, _, _, size, _, _ in rows:
-                self._link(db, name, digest, size)
-        return bool(rows)
+        for _, size, _, _ in self.query_cached(self.BLOB, source, digest):
+            file = self.files.open(digest, size)
+            if file is not None:
+                file.close()
+                with self.transaction() as db:
+                    if db.execute(self.BLOB, (source, digest)).fetchall():
+                        self._link(db, name, digest, size)
+                        return True
+        return False
 
     def repositories_with(self, digest: str, limit: int) -> list[str]:
         """The names of up to so many repositories that are linked to a blob, in no order."""
         sql = "SELECT repository FROM contents WHERE digest = ? LIMIT ?"
         return [name for (name,) in self.query(sql, digest, limit)]
-
-    # --- Uploads
 
     def start_session(self, name: str, algorithm: str) -> str:
         """Open an upload session of a repository, empty, and return its id."""
@@ -1282,19 +1225,15 @@ class Store:
             repository = self._link(db, name, digest, upload.size)
             now, began = int(time.time()), int(upload.id[:8], 16)
             if now - began >= LEASE_SLACK:  # the rest of a push that takes its time is needed as long
-                db.execute(
-                    "UPDATE repository_blobs SET leased_at = ?"
-                    " WHERE needed_by = 0 AND leased_at >= ? AND +repository_id = ?",  # + lets leased_at lead
-                    (now, began - PUSH_PAUSE, repository),
-                )
+                sql = "UPDATE repository_blobs SET leased_at = ? WHERE needed_by = 0 AND leased_at >= ?"
+                # The plus sign keeps SQLite from an index that is longer here.
+                db.execute(f"{sql} AND +repository_id = ?", (now, began - PUSH_PAUSE, repository))
 
     def expire_uploads(self) -> None:
         """Drop upload sessions idle for a day, and what a crash left of uploads in one request."""
         for name, _ in self.files.uploads():
             try:
-                with UploadFile(
-                    self.files, name, patience=0.0
-                ) as upload:  # closing it drops all but sessions
+                with UploadFile(self.files, name, patience=0.0) as upload:  # close drops all but sessions
                     idle = abs(time.time() - os.fstat(upload.fileno()).st_mtime)  # by a wrong clock, maybe
                     if idle > DAY:
                         remove_file(upload.path)
@@ -1312,9 +1251,7 @@ class Store:
                 began[owner] = min(int(name[:8], 16), began.get(owner, sys.maxsize))
         return began
 
-    # --- Manifests
-
-    MANIFEST = (  # by the repository's name, and a tag or digest: they differ by a colon
+    MANIFEST = (  # by the repository's name, and a tag or digest, given twice: no tag has a digest's colon
         "SELECT m.media_type, digest, c.size, repository_id, c.leased_at, c.needed_by"
         " FROM contents c JOIN manifests m USING (repository_id, digest) WHERE c.repository = ?"
         " AND c.digest = ifnull((SELECT t.digest FROM tags t WHERE t.repository_id = c.repository_id"
@@ -1357,33 +1294,30 @@ class Store:
         self, name: str, reference: str, manifest: Manifest, content: bytes, *, tags: list[str], check: Check
     ) -> str:
         """Store a manifest durably; its digest. Raises DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN, and check's."""
-        digest = reference if is_digest(reference) else digest_of(content)
+        digest = reference if DIGEST.fullmatch(reference) else digest_of(content)
         with self.files.new_upload(algorithm_of(digest)) as upload:
             upload.append(io.BytesIO(content).readinto, len(content))
             with self._placed(upload, digest) as db:
                 before = db.execute(self.MANIFEST, (name, reference, reference)).fetchone()
-                repository, now = self._link(db, name, digest, len(content)), int(time.time())
+                repository = self._link(db, name, digest, len(content))
+                kind, now = manifest.media_type, int(time.time())
                 db.execute(  # pushed again, one whose body names no media type may bring another
                     "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?)"
                     " ON CONFLICT (repository_id, digest) DO UPDATE SET media_type = excluded.media_type,"
                     " pushed_at = excluded.pushed_at, pulled_at = excluded.pulled_at",
-                    (repository, digest, *manifest[:3], now, now),  # media and artifact type, subject
+                    (repository, digest, kind, manifest.artifact_type, manifest.subject, now, now),
                 )
                 if manifest.subject:
                     described = manifest.descriptor(digest, len(content))
                     db.execute("REPLACE INTO referrers VALUES (?, ?, ?)", (repository, digest, described))
-                self._record_references(db, repository, digest, manifest)
-                db.executemany(
-                    "INSERT INTO tags VALUES (?, ?, ?)"
-                    " ON CONFLICT (repository_id, name) DO UPDATE SET digest = excluded.digest",
-                    [(repository, tag, digest) for tag in (reference, *tags) if tag != digest],
-                )
-                check(before and before[1])
+                self._add_needs(db, repository, digest, manifest)
+                move = "ON CONFLICT (repository_id, name) DO UPDATE SET digest = excluded.digest"
+                rows = [(repository, tag, digest) for tag in (reference, *tags) if tag != digest]
+                db.executemany(f"INSERT INTO tags VALUES (?, ?, ?) {move}", rows)
+                check(before[1] if before else None)
         return digest
 
-    def _record_references(
-        self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest
-    ) -> None:
+    def _add_needs(self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest) -> None:
         """Raises MANIFEST_BLOB_UNKNOWN. Sorted rows, and many in one statement, take a tenth of the time."""
         needs = dict.fromkeys(manifest.optional, False)
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
@@ -1398,10 +1332,8 @@ class Store:
                 " DO UPDATE SET required = 1 WHERE excluded.required AND NOT required",
                 (repository, digest, *itertools.chain.from_iterable(some)),
             )
-        missing = db.execute(
-            "SELECT child FROM missing_children WHERE repository_id = ? AND manifest = ? LIMIT ?",
-            (repository, digest, DETAIL_LIMIT),
-        ).fetchall()
+        sql = "SELECT child FROM missing_children WHERE repository_id = ? AND manifest = ? LIMIT ?"
+        missing = db.execute(sql, (repository, digest, DETAIL_LIMIT)).fetchall()
         if missing and not self.sparse:
             raise RegistryError(ErrorCode.MANIFEST_BLOB_UNKNOWN, *(child for (child,) in missing))
 
@@ -1423,8 +1355,6 @@ class Store:
         if reference == digest:
             self.remove_files([digest])
 
-    # --- Listings
-
     def tags(self, name: str, last: str, limit: int) -> list[str]:
         """Up to so many tags after one, in byte order. Raises NAME_UNKNOWN."""
         repository = self._require_repository(name)
@@ -1436,15 +1366,13 @@ class Store:
         sql = "SELECT name FROM repositories WHERE name >= ? AND name < ? ORDER BY name LIMIT ?"
         return [name for (name,) in self.query_cached(sql, first, end, limit)]
 
-    def referrers(
-        self, name: str, subject: str, artifact_type: str | None, last: str
-    ) -> tuple[list[tuple[str, bytes]], bool]:
-        """Digests and descriptors (JSON) of a page of a subject's referrers; and whether there are more."""
-        about = (name, subject, last, artifact_type) if artifact_type else (name, subject, last)
+    def referrers(self, name: str, subject: str, kind: str | None, last: str) -> tuple[list[Any], bool]:
+        """Digests and descriptors (JSON) of a page of referrers, of one artifact type; are there more?"""
+        about = (name, subject, last, kind) if kind else (name, subject, last)
         rows = self.query_cached(
             "SELECT repository_id, digest, size, short FROM referrer_descriptors"
             " WHERE repository = ? AND subject = ? AND digest > ?"
-            f"{' AND artifact_type = ?' if artifact_type else ''} ORDER BY digest LIMIT ?",
+            f"{' AND artifact_type = ?' if kind else ''} ORDER BY digest LIMIT ?",
             *about,
             REFERRER_PAGE_LIMIT + 1,
         )
@@ -1460,7 +1388,7 @@ class Store:
         return page, bool(page) and len(rows) > REFERRER_PAGE_LIMIT
 
 
-# === Maintenance ======================================================================================
+# === Maintenance: garbage collection, and verifying what is stored ====================================
 
 
 class Policy(NamedTuple):
@@ -1492,13 +1420,13 @@ class Collector:
     stopped: Callable[[], bool] = lambda: False  # asked before each batch whether to leave it at that
 
     def __post_init__(self) -> None:
-        self._files = self.store.files  # in a dry run, too
+        self._files = self.store.files  # in a dry run too, where the store is a copy of the database
         self._now = time.time()
         slack = LEASE_SLACK if self.policy.grace else 0.0  # without grace, nobody relies on anything
         self._leased_before = int(self._now - self.policy.grace - slack)
         self._pushes = self.store.pushes_since(self._now - self.policy.grace)
         self._removed: list[Removal] = []  # by the batch under way
-        self._needed_size = 0  # bytes that manifests need, in _shrink
+        self._needed_size = 0  # bytes that manifests need; counted in _shrink only
         self._totals: collections.Counter[str] = collections.Counter()  # of removals by kind, and of bytes
 
     def summary(self) -> str:
@@ -1526,17 +1454,17 @@ class Collector:
             self.store.files.keep_reserve()
 
     def _each(self, page: list[Any], act: Callable[..., object]) -> None:
-        """Act on each row, a batch at a time under the write lock, and report what that removed."""
+        """Act on each row, a batch at a time under the write lock, and report; act may change the page."""
         while page:
             if self.stopped():
-                raise InterruptedError  # which run takes for its end
+                raise InterruptedError  # which ends run
             with self.store.transaction(frees=True) as self._db:
                 for _ in range(BATCH):
                     if page and len(self._removed) < BATCH:
                         act(*page.pop(0))
             if self._removed:
                 self.store.remove_files([removal.digest for removal in self._removed])
-            for removal in self._removed:
+            for removal in self._removed:  # a file without a row counts as a blob
                 self._totals["manifest" if removal.kind == "manifest" else "blob"] += 1
                 self._totals["bytes"] += removal.size
                 self.report(removal)
@@ -1545,13 +1473,14 @@ class Collector:
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
         now = int(self._now)
-        lease, *times = (f"{each} = min({each}, {now})" for each in ("leased_at", "pushed_at", "pulled_at"))
-        manifests = (self.policy.untagged_after, self.policy.max_size) != (None, None)  # or nobody minds
+        leases = f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}"
+        times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
+        by_age = self.policy.untagged_after is not None or self.policy.max_size is not None  # or nobody minds
         sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
-        while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, manifests, CHOICE)):
+        while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, by_age, CHOICE)):
             with self.store.transaction(frees=True) as db:
-                db.executemany(f"UPDATE repository_blobs SET {lease} {self._LINK}", rows)
-                db.executemany(f"UPDATE manifests SET {', '.join(times)} {self._LINK}", rows)
+                db.executemany(leases, rows)
+                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
 
     def _relied_on(self, name: str) -> int:
         """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
@@ -1568,15 +1497,22 @@ class Collector:
             order = f"ORDER BY pushed_at DESC, digest LIMIT {self.policy.keep_last}"
             return next(reversed(self.store.query(f"{sql} {order}", repository)), (-math.inf, ""))
 
-        columns = "repository_id, digest, repository, subject, -pushed_at"
+        columns = "repository_id, digest, repository, subject, -pushed_at"  # the newest first, as above
         for page in self.store.pages(columns, f"{untagged} AND leased_at < ?", old, after=(0, "")):
-            going = [row[:3] for row in page if row[3] or (row[4], row[1]) > last_kept(row[0])]
-            self._each([(*link, min(old, self._relied_on(link[2]))) for link in going], self._drop)
+            going = [
+                (repository, digest, name, min(old, self._relied_on(name)))
+                for repository, digest, name, subject, rank in page
+                if subject or (rank, digest) > last_kept(repository)
+            ]
+            self._each(going, self._drop)
 
     def _drop(self, repository: int, digest: str, name: str, old: int, but: str = "") -> set[str]:
-        """Drop a manifest that only `but` keeps, if anything, with what only it kept; returns what stays."""
+        """Drop a manifest that nothing keeps (see the view keepers) but `but`, with what only it kept.
+
+        old: since when a keeper counts. Returns what it kept that others keep as well.
+        """
         keepers = self._keepers(repository, digest, name, old, but)
-        going = set(keepers)
+        going = set(keepers)  # in the end, the most that are kept by each other only
         while staying := {each for each in going if not keepers[each] <= going}:
             going -= staying
         if digest not in going:
@@ -1608,7 +1544,8 @@ class Collector:
         """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
         sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
         for size, leased_at, needed_by, needed, shared in self._db.execute(sql, (repository, digest)):
-            self._needed_size -= 0 if needed else size
+            if not needed:
+                self._needed_size -= size
             if not needed_by and leased_at < leased_before:
                 self._db.execute(Store.UNLINK, (repository, digest))
                 self._removed.append(Removal("blob", name, digest, 0 if shared else size))
@@ -1618,18 +1555,17 @@ class Collector:
         columns = "leased_at, repository_id, digest, name"
         source = "repository_blobs, repositories WHERE id = repository_id AND needed_by = 0 AND leased_at < ?"
         for page in self.store.pages(columns, source, self._leased_before, after=(-1, 0, "")):
-            due = [(*link, since) for at, *link in page if at < (since := self._relied_on(link[2]))]
-            self._each(due, self._unlink)
+            self._each([(*link, self._relied_on(link[2])) for _, *link in page], self._unlink)
 
     def _shrink(self, max_size: int) -> None:
         """Drop the least recently pulled manifests until what is needed fits, or nothing more may go yet."""
         before, source = self._leased_before, "topmost_manifests WHERE leased_at < ?"
         columns = "pulled_at, pushed_at, repository_id, digest, repository"
 
-        def drop(*row: Any) -> None:
-            for kept in self._drop(row[2], row[3], row[4], before, but="a tag"):
+        def drop(_pulled: int, _pushed: int, repository: int, digest: str, name: str) -> None:
+            for kept in self._drop(repository, digest, name, before, but="a tag"):  # what `keepers` calls it
                 sql = f"SELECT {columns} FROM {source} AND repository_id = ? AND digest = ?"
-                for each in self._db.execute(sql, (before, row[2], kept)):
+                for each in self._db.execute(sql, (before, repository, kept)):
                     if each <= end:  # it was pulled before what is next
                         bisect.insort(page, each)
             if self._needed_size <= max_size:
@@ -1643,6 +1579,8 @@ class Collector:
 
     def _walk(self) -> None:
         """Remove files under blobs/ that have no row, once nobody has touched them for the grace period."""
+        absent = "SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
+        sql = f"INSERT INTO pending_deletes {absent} ON CONFLICT DO NOTHING"
 
         def remove(digest: str) -> None:
             path = self._files.path(digest)
@@ -1656,8 +1594,6 @@ class Collector:
                 if changed < self._leased_before and self._db.execute(sql, (digest, digest)).rowcount:
                     self._removed.append(Removal("file", "", digest, status.st_size))
 
-        sql = "INSERT INTO pending_deletes SELECT ? WHERE ? NOT IN (SELECT digest FROM blobs)"
-        sql += " ON CONFLICT DO NOTHING"
         digests = self._files.contents()
         while some := list(itertools.islice(digests, 5 * BATCH)):
             marks = ", ".join("?" * len(some))
@@ -1756,12 +1692,12 @@ class Verifier:
         state = file_state(path)
         try:
             status = os.lstat(path)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > size:
-                return "corrupt", state
-            if status.st_size < size:
+            if stat.S_ISREG(status.st_mode) and status.st_size < size:
                 return "truncated", state
-            with open(path, "rb", buffering=0, opener=no_follow) as file:
-                return "" if hash_file(file, algorithm_of(digest)) == digest else "corrupt", state
+            if stat.S_ISREG(status.st_mode) and status.st_size == size:
+                with open(path, "rb", buffering=0, opener=no_follow) as file:
+                    return "" if hash_file(file, algorithm_of(digest)) == digest else "corrupt", state
+            return "corrupt", state
         except FileNotFoundError:
             return "missing", state
         except OSError as error:  # reading does not say which file
@@ -1787,11 +1723,11 @@ class Verifier:
 
 
 def _tokens(sql: str) -> list[str]:
-    """An SQL statement without its spaces and comments, and the quotes around names that were changed."""
+    """An SQL statement without spaces, comments, and the quotes that changed names have around them."""
     return re.findall(r"\w+|[^\w\s\"]", re.sub(r"--.*", "", sql))
 
 
-# === Access ===========================================================================================
+# === Access: users, grants, tokens and the certificate ================================================
 
 
 class WatchedFiles:
@@ -1863,7 +1799,7 @@ def password_check(hashed: str) -> Callable[[str], bool]:
     if match:
         ln, r, p = map(int, match.groups()[:3])
         salt = base64.b64decode(match[4] + "==")  # which takes more than it needs
-        if not ln or 128 * r << ln > SCRYPT_MEMORY:
+        if not ln or 128 * r * 2**ln > SCRYPT_MEMORY:
             raise ValueError("a scrypt hash that takes no time, or too much memory")
         hash_password("", salt, 1, r, p)  # raises ValueError for what it cannot do
         value = hashed[-43:]  # how the rest is written may differ
@@ -1917,9 +1853,11 @@ class Grant(NamedTuple):
         actions = frozenset(fields[2].split(",")) if len(fields) == 3 else frozenset()
         if not actions or not actions <= {"pull", "push", "delete"}:
             raise ValueError("it is not: who repositories pull,push,delete")
-        first, *rest = re.split(r"(\*\*?)", fields[1])  # * is anything within a path segment, ** is anything
-        pattern = "".join({"*": "[^/]*", "**": ".*"}.get(part, re.escape(part)) for part in (first, *rest))
-        return cls(fields[0], re.compile(pattern), actions, (first, first + (AFTER_NAMES if rest else "\0")))
+        first, *rest = re.split(r"(\*\*?)", fields[1])
+        wild = {"*": "[^/]*", "**": ".*"}  # anything within a segment of the path, and anything
+        pattern = "".join(wild.get(part, re.escape(part)) for part in (first, *rest))
+        end = AFTER_NAMES if rest else "\0"  # behind all that begins so, or behind just that
+        return cls(fields[0], re.compile(pattern), actions, (first, first + end))
 
 
 class Scope(NamedTuple):
@@ -1929,9 +1867,6 @@ class Scope(NamedTuple):
     name: str
     action: str
 
-    def __str__(self) -> str:
-        return ":".join(self)
-
 
 CATALOG = Scope("registry", "catalog", "*")
 
@@ -1940,8 +1875,9 @@ def parse_scope(text: str) -> list[Scope]:
     """The scopes that a token request names, such as "repository:team/app:pull,push"; * is every action."""
     kind, _, rest = text.partition(":")
     name, _, actions = rest.rpartition(":")
-    actions = actions.replace("*", "*,pull,push,delete")  # what there is not, is not granted
-    return [Scope(kind.partition("(")[0], name, action) for action in actions.split(",")]
+    actions = actions.replace("*", "*,pull,push,delete")
+    kind = kind.partition("(")[0]  # "repository(plugin)" is a repository, too
+    return [Scope(kind, name, action) for action in actions.split(",")]
 
 
 class Caller(NamedTuple):
@@ -1952,11 +1888,11 @@ class Caller(NamedTuple):
 
 
 class LoginQueue:
-    """Has the attempts to log in from each address take turns, since a hash takes a core 50 ms, and 16 MiB.
+    """Has attempts to log in wait for their turn, since a hash takes a core 50 ms, and 16 MiB.
 
-    Whoever logs in from elsewhere waits for one hash of each other address at most, and for one of all that
-    failed lately. Failures make turns longer, and so slow guesses, even those made at once. Of an address,
-    the attempt goes first for whose name fewest wait, and of these the newest: before those of who guesses.
+    One attempt of each address has its turn, and failures make it longer: that slows guesses down. When too
+    many wait, the longest line loses its last. In a line, names with fewer attempts go first, and of these
+    the newest: somebody who knows a password goes before those who guess at it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -2011,13 +1947,11 @@ class LoginQueue:
 class Access:
     """Who may do what: users, grants and tokens. Without users, everybody may do everything."""
 
-    def __init__(
-        self, users: str | None, grants: str | None, anonymous_pull: bool, key: bytes, limit: int
-    ) -> None:
-        """users, grants: paths of files. key: signs tokens. limit: of connections. Raises StartupError."""
+    def __init__(self, users: str | None, grants: str | None, public: bool, key: bytes, limit: int) -> None:
+        """users, grants: files. public: anybody may pull. key: signs tokens. Raises StartupError."""
         self.enabled = users is not None
         self._users = WatchedFiles(load_users, users)
-        implied = ["anonymous ** pull"] if anonymous_pull else []
+        implied = ["anonymous ** pull"] if public else []
         if grants is None:
             implied.append(f"{'*' if self.enabled else 'anonymous'} ** pull,push,delete")
         always = list(map(Grant.parse, implied))
@@ -2033,7 +1967,7 @@ class Access:
         return [grant for grant in self._grants.get() if grant.who in who]
 
     def permits(self, user: str | None, scope: Scope) -> bool:
-        """Whether a user, or anybody for None, may do something. Who may do anything may list."""
+        """Whether a user, or anybody for None, may do something. Whoever may do something may list."""
         if not self.enabled:
             return True  # the rest comes to the same, but takes longer for each name of a catalog
         if scope == CATALOG:
@@ -2072,21 +2006,21 @@ class Access:
         """A user's name, if this is the password. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         users = self._users.get()
         hashed, check = users.get(name) or ("", lambda _: False)
-        if users and name not in users:  # time tells nothing: always the same user's is checked instead
+        if users and name not in users:  # lest the time taken tell: always the same user's is checked instead
             number = int.from_bytes(hmac.digest(self._key, name.encode(), "sha256"), "big")
             hashed, check = list(users.values())[number % len(users)]
         proof = hmac.digest(self._key, f"{name}\n{password}\n{hashed}".encode(), "sha256")
         if not self._verified.get(proof):
             network = ipaddress.ip_address(address).packed[:8]  # IPv6: one client has all within 64 bits
             with self._queue.turn(network, name):
-                if not self._verified.get(proof):  # nor was while this one waited
-                    guess = self._queue.failures.get(network)  # such wait for each other before
+                if not self._verified.get(proof):  # it may have been while this one waited
+                    guess = self._queue.failures.get(network)  # those who failed have one hash at a time
                     with self._guessing if guess else contextlib.nullcontext(), self._hashing:
                         right = check(password) and name in users
                     if not right:
                         self._queue.fail(network)
                         raise RegistryError(ErrorCode.UNAUTHORIZED, "wrong user name or password")
-        self._verified.put(proof, True, PASSWORD_LIFETIME)  # so a user who comes back never waits
+        self._verified.put(proof, True, PASSWORD_LIFETIME)  # and so for as long after each use
         return name
 
     def issue_token(self, user: str | None, requested: Iterable[Scope]) -> dict[str, Any]:
@@ -2104,7 +2038,8 @@ class Access:
         if not hmac.compare_digest(token.encode(), self._sign(payload).encode()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token is not one of this registry")
         claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
-        user, current = claims["sub"], claims["aud"] == self.service and claims["exp"] > time.time()
+        user = claims["sub"]
+        current = claims["aud"] == self.service and claims["exp"] > time.time()
         if not current or (user is not None and user not in self._users.get()):
             raise RegistryError(ErrorCode.UNAUTHORIZED, "the token has expired, or its user is gone")
         return Caller(user, frozenset(Scope(*scope) for scope in claims["access"]))
@@ -2144,11 +2079,11 @@ def replace_file(path: str, content: bytes) -> None:
     sync_directory(directory)
 
 
-# === Messages =========================================================================================
+# === Messages: requests and replies: heads, bodies, ranges, pages =====================================
 
-TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
-HEADER = rf"{TOKEN}:[^\r\n\0]*"
-HEAD = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{HEADER})*)")
+HTTP_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
+FIELD_LINE = rf"{HTTP_TOKEN}:[^\r\n\0]*"
+HEAD = re.compile(rf"({HTTP_TOKEN}) ([^\x00-\x20\x7f-\xa0\xad]*) (HTTP/[0-9]\.[0-9])((?:\r\n{FIELD_LINE})*)")
 
 
 @dataclasses.dataclass
@@ -2168,7 +2103,8 @@ class SocketReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        # When it last got what it asked for, and may be given up for another: being refused gains no time.
+        # From when on it may be hung up on for another: idle, since its last good reply; while a body moves,
+        # from a time that each byte puts off; never while a handler works; soon after a refusal.
         self.served_at = self.evictable_at = time.monotonic()
         self.deadline = 0.0  # by which all has to be received, no matter how it trickles in; 0.0: none
         self._tls = False
@@ -2182,7 +2118,7 @@ class SocketReader:
         """Bound each wait, in the kernel where that works: settimeout costs a poll for each call."""
         self._timeout = seconds
         if not self._tls:
-            value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) + (seconds < 1e-6))
+            value = struct.pack("ll", int(seconds), max(int(seconds % 1 * 1e6), seconds < 1))  # 0 is for ever
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, option, value)
                 return
@@ -2200,7 +2136,7 @@ class SocketReader:
             result = operation(*arguments)
         except (OSError, ValueError) as error:
             raise ClientGone from error
-        if result is not None and not result:  # the client has hung up, or a file is shorter than it was
+        if result is not None and not result:  # 0 or b"": it has hung up, or a file is shorter than it was
             raise ClientGone
         return result
 
@@ -2226,14 +2162,15 @@ class SocketReader:
         self._pending, self.deadline = rest, 0.0
         return head
 
-    def read_line(self, limit: int = 1 * KIB) -> bytes:
+    def read_line(self) -> bytes:
         """The next line of a chunked body that is not content, without its CRLF. Raises BAD_REQUEST."""
-        while (end := (head := bytes(self._pending[:limit])).find(b"\n")) < 0 and len(head) < limit:
+        while b"\n" not in (head := bytes(self._pending[:KIB])) and len(head) < KIB:
             self._pending = memoryview(head + self._within(STALL_TIMEOUT, self.socket.recv, RECEIVE_SIZE))
-        if end < 1 or head[end - 1 : end] != b"\r":
+        line, end, _ = head.partition(b"\r\n")
+        if not end or b"\n" in line:
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad line between chunks")
-        self._pending = self._pending[end + 1 :]
-        return head[: end - 1]
+        self._pending = self._pending[len(line) + 2 :]
+        return line
 
     def readinto(self, view: memoryview) -> int:
         """Fill some of a buffer with what comes next, at least one byte."""
@@ -2246,7 +2183,7 @@ class SocketReader:
     def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
         """Send all of this; more: something follows at once and may go into the same packet."""
         flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
-        timeout = STALL_TIMEOUT if self._tls else self._timeout  # or the one set above holds
+        timeout = STALL_TIMEOUT if self._tls else self._timeout  # sending has its own since __init__
         for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
             self._within(timeout, self.socket.sendall, data[start : start + BUFFER_SIZE], flags)
 
@@ -2287,7 +2224,7 @@ class Body:
         """length: None for a chunked body. expected: the client waits for 100 Continue before it sends."""
         self.length = length
         self._reader = reader
-        self._remaining = length  # of the body, or of the chunk being read; None before the first
+        self._remaining = length  # bytes of the body, or of the chunk being read; None before the first
         self._chunked = length is None  # and its last chunk has not come
         self._expected = expected and length != 0
         self.done = length == 0
@@ -2325,21 +2262,20 @@ class Body:
             raise RegistryError(ErrorCode.BAD_REQUEST, "bad chunk size")
         self._remaining = int(size[1], 16)
         if not self._remaining:
-            for count, line in enumerate(iter(self._reader.read_line, b"")):
-                if count == HEADER_COUNT_LIMIT or not re.fullmatch(HEADER.encode(), line):
+            for count, line in enumerate(iter(self._reader.read_line, b"")):  # up to an empty line
+                if count == HEADER_COUNT_LIMIT or not re.fullmatch(FIELD_LINE.encode(), line):
                     raise RegistryError(ErrorCode.BAD_REQUEST, "bad trailer")
             self._chunked = False  # only now: after a bad trailer, no request can follow
 
     def read(self) -> bytes:
         """The whole body, a manifest, within a time that its length sets. Raises MANIFEST_TOO_LARGE."""
-        size = MANIFEST_LIMIT if self.length is None else self.length
-        self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + size / SLOWEST_BODY
+        expected = MANIFEST_LIMIT if self.length is None else self.length
+        self._reader.deadline = time.monotonic() + HEADER_TIMEOUT + expected / SLOWEST_BODY
         self._reader.evictable_at = self._reader.served_at + EVICTION_DELAY
-        content, buffer = bytearray(), memoryview(bytearray(min(size, RECEIVE_SIZE)))
-        while size <= MANIFEST_LIMIT and (count := self.readinto(buffer)):
+        content, buffer = bytearray(), memoryview(bytearray(min(expected, RECEIVE_SIZE)))
+        while max(expected, len(content)) <= MANIFEST_LIMIT and (count := self.readinto(buffer)):
             content += buffer[:count]
-            size = max(size, len(content))
-        if size > MANIFEST_LIMIT:
+        if max(expected, len(content)) > MANIFEST_LIMIT:
             raise RegistryError(ErrorCode.MANIFEST_TOO_LARGE)
         self._reader.deadline = 0.0
         return bytes(content)
@@ -2351,8 +2287,10 @@ class Context(NamedTuple):
     store: Store
     access: Access
     public_url: str | None = None  # how clients reach it, if they do not say
-    secure: bool = False  # whether it speaks TLS itself
+    tls: WatchedFiles | None = None  # what it speaks TLS with
     proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()  # whose X-Forwarded are believed
+    max_connections: int = MAX_CONNECTIONS
+    log: Callable[[str], None] | None = None  # takes one access-log line for each request
 
 
 class Request:
@@ -2438,7 +2376,7 @@ class Request:
 
     def _look_behind_proxies(self) -> None:
         """Take the client's address from X-Forwarded-For, to whose right end each trusted proxy added one."""
-        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")  # no scope ids
+        hops = self.headers.get("x-forwarded-for", "").replace("%", "?").split(",")  # refuse fe80::1%eth0
         while any(ipaddress.ip_address(self.address) in network for network in self.context.proxies):
             self.proxied = True
             try:
@@ -2455,7 +2393,7 @@ class Request:
         """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
         if self.context.public_url:
             return self.context.public_url.rstrip("/")
-        scheme, host = "https" if self.context.secure else "http", self.headers.get("host", "")
+        scheme, host = "https" if self.context.tls else "http", self.headers.get("host", "")
         if self.proxied:  # what the proxy nearest to the client says comes first
             scheme = (self.headers.get("x-forwarded-proto") or scheme).partition(",")[0].strip()
             host = (self.headers.get("x-forwarded-host") or host).partition(",")[0].strip()
@@ -2472,7 +2410,7 @@ class Reply(NamedTuple):
 
 def json_reply(document: object, *headers: tuple[str, str]) -> Reply:
     """A 200 with a JSON document."""
-    return Reply(200, (("Content-Type", JSON), *headers), encode_json(document))
+    return Reply(200, (("Content-Type", "application/json"), *headers), encode_json(document))
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
@@ -2480,7 +2418,6 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     match = re.fullmatch("bytes=(?!-$)([0-9]*)-([0-9]*)", text, re.IGNORECASE)
     if not match:
         return None
-    # Without leading zeros, no content's size has more digits than that.
     first, last = (digits and digits.lstrip("0")[:18].zfill(1) for digits in match.groups())
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
@@ -2501,12 +2438,12 @@ def check_preconditions(request: Request, digest: str | None) -> bool:
 
 
 def page_link(path: str, **parameters: str | int | None) -> tuple[str, str]:
-    """The Link header (RFC 5988) to a listing's next page."""
+    """The Link header (RFC 8288) to a listing's next page."""
     query = "&".join(f"{name}={quote(str(value), safe='')}" for name, value in parameters.items() if value)
     return "Link", f'<{path}?{query}>; rel="next"'
 
 
-# === Handlers =========================================================================================
+# === Handlers: one function per operation =============================================================
 
 
 def created(name: str, kind: str, digest: str, *headers: tuple[str, str]) -> Reply:
@@ -2555,7 +2492,8 @@ def session_headers(name: str, session: str, size: int) -> Headers:
 def upload_start(request: Request, name: str) -> Reply:
     """Mount a blob (end-11), take one whole (end-4b), or open an upload session (end-4a)."""
     mount, source, digest = map(request.parameter, ("mount", "from", "digest"))
-    if mount is not None and parse_digest(mount):
+    if mount is not None:
+        mount = parse_digest(mount)
         sources = request.store.repositories_with(mount, 1_000) if source is None else [source]
         # Where a source is named, a token may be good for the target only: some clients ask for no more.
         caller = request.caller if source is None else Caller(request.caller.user)
@@ -2577,18 +2515,21 @@ def upload_start(request: Request, name: str) -> Reply:
 def receive(request: Request, upload: UploadFile) -> None:
     """Append the body, exactly where its Content-Range says. Raises UPLOAD_RANGE, SIZE_INVALID."""
     start, length, text = upload.size, request.body.length, request.headers.get("content-range")
+    expected = length  # None: a chunked body may have any length
     if text is not None:
         match = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", text)
         first, last = map(int, match.groups()) if match else (-1, -1)
         if first != start or last < first:
             raise RegistryError(ErrorCode.UPLOAD_RANGE, f"{text}, and the upload has {start} bytes")
-        length = last - first + 1
+        expected = last - first + 1
     if request.method == "PUT":
-        parse_digest(request.parameter("digest") or "")  # while nothing of the body is taken
-    agrees = request.body.length in (None, length)
-    if not agrees or length not in (None, upload.append(request.body.readinto, request.body.length)):
-        upload.truncate(start)
-        raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
+        parse_digest(request.parameter("digest") or "")  # before anything of the body is taken
+    if length in (None, expected):
+        received = upload.append(request.body.readinto, length)
+        if expected in (None, received):
+            return
+        upload.take_back(start)
+    raise RegistryError(ErrorCode.SIZE_INVALID, "the body is not as long as its Content-Range")
 
 
 def upload_append(request: Request, name: str, session: str) -> Reply:
@@ -2643,7 +2584,7 @@ def manifest_put(request: Request, name: str, reference: str) -> Reply:
     content = request.body.read()
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     manifest = parse_manifest(content, content_type)
-    tags = request.parameters.get("tag", []) if is_digest(reference) else []
+    tags = request.parameters.get("tag", []) if DIGEST.fullmatch(reference) else []
     if len(tags) > TAG_PARAMETER_LIMIT:
         raise RegistryError(ErrorCode.TOO_MANY_TAGS)
     if not all(map(TAG.fullmatch, tags)):
@@ -2713,7 +2654,7 @@ def token_get(request: Request) -> Reply:
     if not access.enabled:  # where everybody may do everything there are no tokens
         raise RegistryError(ErrorCode.NOT_FOUND)
     if scopes is not None or not (user or access.permits(None, CATALOG)):
-        raise RegistryError(ErrorCode.UNAUTHORIZED)  # for a token, it would never expire, nor its scope limit
+        raise RegistryError(ErrorCode.UNAUTHORIZED)  # a token is neither renewed nor widened for itself
     if request.parameter("service") not in (None, "", access.service):
         raise RegistryError(ErrorCode.UNSUPPORTED, "tokens for other services are not issued here")
     texts = " ".join(request.parameters.get("scope", [])).split()
@@ -2721,7 +2662,7 @@ def token_get(request: Request) -> Reply:
     return json_reply(token, ("Cache-Control", "no-store"))
 
 
-# === Routes ===========================================================================================
+# === Routes: one table, and how a request gets to its handler or an error =============================
 
 
 class Route(NamedTuple):
@@ -2730,7 +2671,7 @@ class Route(NamedTuple):
     method: str
     path: str
     handler: Callable[..., Reply]
-    access: str  # the action that the caller must be allowed, "login" for none in particular, "" for anybody
+    access: str  # what the caller must be allowed: an action, "catalog", "login" (anything), "" (nothing)
 
 
 ROUTES = (
@@ -2753,8 +2694,8 @@ ROUTES = (
 
 _PATHS: dict[re.Pattern[str], dict[str, Route]] = {}
 for _route in ROUTES:  # a name may hold slashes, and takes all that the rest of the path leaves
-    _pattern = re.sub("<(.+?)>", r"(?P<\1>[^/]+)", _route.path).replace("<name>[^/]", "<name>.")
-    _pattern += "?" * _pattern.endswith("/")
+    _pattern = re.sub("<[^n].*?>", r"(?P\g<0>[^/]+)", _route.path).replace("<name>", "(?P<name>.+)")
+    _pattern = re.sub("/$", "/?", _pattern)
     _PATHS.setdefault(re.compile(_pattern, re.DOTALL), {})[_route.method] = _route
 
 
@@ -2775,9 +2716,9 @@ def dispatch(request: Request) -> Reply:
     try:
         return run_route(request, route, arguments)
     except RegistryError as error:
-        if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        if error.code.status == http.HTTPStatus.METHOD_NOT_ALLOWED:  # whatever the reason (RFC 9110, 15.5.6)
             closed = ("push", "delete") if request.store.read_only else ()
-            allowed = [name for name, at in methods.items() if at != route and at.access not in closed]
+            allowed = [method for method, to in methods.items() if to != route and to.access not in closed]
             error.headers = (("Allow", ", ".join(sorted(allowed)).replace("GET", "GET, HEAD")),)
         raise
 
@@ -2803,7 +2744,8 @@ def authorize(request: Request, action: str, name: str) -> None:
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     request.wanted = None if action in ("login", "") else scope
     request.caller = caller = access.identify(headers.get("authorization", ""), request.address)
-    if not (access.allows(caller, scope) if request.wanted else action == "" or caller != Caller(None)):
+    anything = action == "" or caller != Caller(None)  # by name, or by a token, if only an anonymous one
+    if not (access.allows(caller, scope) if request.wanted else anything):
         if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
             raise RegistryError(ErrorCode.UNAUTHORIZED)
         raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
@@ -2816,7 +2758,7 @@ def challenge(request: Request) -> str:
         return 'Basic realm="registry"'
     value = f'Bearer realm="{url}{TOKEN_PATH}",service="{request.context.access.service}"'
     if scope is not None:  # whoever pushes will want to look at what is there as well
-        value += f',scope="{scope._replace(action="pull,push") if scope.action == "push" else scope}"'
+        value += f',scope="{":".join(scope)}"'.replace(":push", ":pull,push")
     if request.caller.scopes is not None:  # or docker tries the same again and again
         value += ',error="insufficient_scope"'
     return value
@@ -2832,15 +2774,34 @@ def error_reply(error: Exception, request: Request | None = None) -> Reply:
         else:
             write_log(traceback.format_exc(), end="")
             error = RegistryError(ErrorCode.INTERNAL)
-    headers = [("Content-Type", JSON), *error.headers]
+    headers = [("Content-Type", "application/json"), *error.headers]
     if request and error.code is ErrorCode.UNAUTHORIZED:
         headers.append(("WWW-Authenticate", challenge(request)))
     return Reply(error.code.status, headers, encode_json(error.document()))
 
 
-# === Server ===========================================================================================
+def answer(request: Request, head: bytes) -> Reply:
+    """What to reply to a request that begins so. Raises ClientGone."""
+    try:
+        request.parse(head)
+        return dispatch(request)
+    except ClientGone:
+        raise
+    except Exception as error:  # whatever it is, the client gets an answer
+        return error_reply(error, request)
+
+
+# === Server: connections and their threads ============================================================
 
 format_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))  # once a second
+
+
+def log_line(request: Request, reply: Reply, seconds: float) -> str:
+    """The line of the access log for a request: a target may hold a password, and an agent is one field."""
+    target = re.sub("//[^/?]*@", "//", request.target)[:500]
+    agent = json.dumps(request.headers.get("user-agent", "-")[:200])
+    who = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address}"
+    return f"{who} {request.method} {target} {reply.status} {len(reply.body)} {seconds * 1000:.1f}ms {agent}"
 
 
 def encode_head(reply: Reply, *, keep: bool) -> bytes:
@@ -2872,8 +2833,8 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Serve it to its end."""
         with contextlib.closing(self.reader), contextlib.suppress(ClientGone):
-            if self.server.tls is not None:
-                self.reader.begin_tls(self.server.tls.get())
+            if self.server.context.tls:
+                self.reader.begin_tls(self.server.context.tls.get())
             while not self.server.stopping and (data := self.reader.read_head()):
                 self._serve(data)
 
@@ -2889,39 +2850,31 @@ class Connection(socketserver.BaseRequestHandler):
         request = Request(self.server.context, reader, self.client_address[0])
         reply = Reply(499)  # only ever in the log: there was nobody left to tell
         try:
-            try:
-                request.parse(data)
-                reply = dispatch(request)
-            except ClientGone:
-                raise
-            except Exception as error:  # whatever it is, the client gets an answer
-                reply = error_reply(error, request)
+            reply = answer(request, data)
             keep = self._send(request, reply)
         finally:
-            if self.server.log:
-                target = re.sub("//[^/?]*@", "//", request.target)[:500]  # a URL may hold a password
-                took = (time.perf_counter() - started) * 1000
-                agent = json.dumps(request.headers.get("user-agent", "-")[:200])  # one field, as it is quoted
-                self.server.log(
-                    f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {request.address} {request.method} {target}"
-                    f" {reply.status} {len(reply.body)} {took:.1f}ms {agent}"
-                )
+            if self.server.context.log:
+                self.server.context.log(log_line(request, reply, time.perf_counter() - started))
         if request.persistent is False and request.body.done:
             raise ClientGone  # it has sent its last, so that nothing unread can turn closing into a reset
         if not keep or not request.body.done:
-            reader.evictable_at = reader.served_at + EVICTION_DELAY
-            reader.deadline = time.monotonic() + LINGER_TIMEOUT
-            skip = request.body.readinto
-            if not keep:  # the client is to read this first: closing on unread bytes resets (RFC 9112, 9.6)
-                self.idle = request.body.done
-                if not (self.idle and self.server.stopping):  # finish_requests may have looked just before
-                    skip = reader.readinto
-                    reader.stop_sending()
-            while skip(memoryview(bytearray(RECEIVE_SIZE))):
-                pass
+            self._skip(request, keep)
         elif reply.status < 400:
             reader.served_at = time.monotonic()
         self.idle, reader.evictable_at = True, reader.served_at
+
+    def _skip(self, request: Request, keep: bool) -> None:
+        """Read the rest of a body, or all that comes until the client has read the reply and hangs up."""
+        self.reader.evictable_at = self.reader.served_at + EVICTION_DELAY
+        self.reader.deadline = time.monotonic() + LINGER_TIMEOUT
+        skip = request.body.readinto
+        if not keep:  # or closing on unread bytes would reset the connection (RFC 9112, 9.6)
+            self.idle = request.body.done
+            if not (self.idle and self.server.stopping):  # finish_requests may have looked just before
+                skip = self.reader.readinto
+                self.reader.stop_sending()
+        while skip(memoryview(bytearray(RECEIVE_SIZE))):
+            pass
 
     def _send(self, request: Request, reply: Reply) -> bool:
         """Send a reply, in one write when its body is small; returns whether another request may follow."""
@@ -2941,10 +2894,6 @@ class Connection(socketserver.BaseRequestHandler):
 
 class Server(ThreadingHTTPServer):
     """Accepts connections. socketserver calls get_request, verify_request, process_request, handle_error."""
-
-    tls: WatchedFiles | None = None
-    max_connections = MAX_CONNECTIONS
-    log: Callable[[str], None] | None = None  # takes one access-log line for each request
 
     def __init__(self, listener: socket.socket, context: Context) -> None:
         """Takes the listener over."""
@@ -2982,14 +2931,14 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection; the one that has been idle longest makes some."""
         with self._closed:
-            if len(self.connections) < self.max_connections:
+            if len(self.connections) < self.context.max_connections:
                 return True
             longest = min(self.connections, key=lambda other: other.reader.evictable_at)
             if longest.reader.evictable_at <= time.monotonic():
                 longest.hang_up()
                 if self._closed.wait(EVICTION_TIMEOUT):
                     return True
-        if self.tls is None:  # in the middle of a handshake, this would be noise
+        if not self.context.tls:  # in the middle of a handshake, this would be noise
             with contextlib.suppress(OSError):
                 reply = error_reply(RegistryError(ErrorCode.OVERLOADED))
                 request.send(encode_head(reply, keep=False) + bytes(reply.body))  # type: ignore[arg-type]
@@ -2997,18 +2946,15 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve a connection: one that has served another, since starting one takes longer."""
+        with self._closed:
+            waits = self._idle_threads > 0
+            self._idle_threads -= waits
+        if not waits:
+            threading.Thread(target=self._serve_connections, daemon=True).start()
         connection = Connection(request, client_address, self)
         with self._closed:
             self.connections.add(connection)  # before it is served, so that finish_requests misses none
-            waits = self._idle_threads > 0
-            self._idle_threads -= waits
-        try:
-            if not waits:
-                threading.Thread(target=self._serve_connections, daemon=True).start()
-            self._handed_over.put(connection)
-        except BaseException:  # there are no more threads
-            self.connections.discard(connection)
-            raise
+        self._handed_over.put(connection)
 
     def _serve_connections(self) -> None:
         """Serve one connection after another; unless enough threads wait for the next one already."""
@@ -3039,7 +2985,7 @@ class Server(ThreadingHTTPServer):
         with self._closed:
             for connection in self.connections:
                 if connection.idle:  # TLS has something to say yet
-                    connection.hang_up(socket.SHUT_RD if self.tls else socket.SHUT_RDWR)
+                    connection.hang_up(socket.SHUT_RD if self.context.tls else socket.SHUT_RDWR)
             self._closed.wait_for(lambda: not self.connections, deadline - time.monotonic())
             for connection in self.connections:
                 connection.hang_up()
@@ -3053,7 +2999,7 @@ class Server(ThreadingHTTPServer):
             self._handed_over.put(None)
 
 
-# === Embedding ========================================================================================
+# === Embedding: Registry, a server and its store as one object ========================================
 
 
 _running: set[Registry] = set()  # those that are open in this process
@@ -3141,21 +3087,20 @@ class Registry:
 
     def _check_options(self) -> None:
         """Raise a StartupError for options that cannot be, or not together."""
-        if self.data is not None and os.path.realpath(self.data) in _inherited:
-            # SQLite here would take the locks of the process it is a copy of for its own.
-            raise StartupError(f"{self.data} was in use when this process was forked; start one anew for it")
-        if self.max_connections < 1:
-            raise StartupError("with fewer than 1 connection nobody can be served")
-        if self.tls_cert and ssl is None:
-            raise StartupError(
-                "this Python has no TLS (its module ssl); leave --tls-cert out, or use another"
-            )
-        if self.tls_key and not self.tls_cert:
-            raise StartupError("a key needs a certificate too; give --tls-cert")
-        if not self.users and (self.grants or self.anonymous_pull):
-            raise StartupError("grants and anonymous pulls are nothing without users; give --users as well")
-        if self.public_url and not re.fullmatch(r"https?://[!#-~]+", self.public_url):
-            raise StartupError(f"{self.public_url!r} is no URL; write one like https://registry.example")
+        # SQLite would take the locks of the process that this one was forked from for its own.
+        forked = self.data is not None and os.path.realpath(self.data) in _inherited
+        alone = not self.users and (self.grants or self.anonymous_pull)
+        url = not self.public_url or re.fullmatch(r"https?://[!#-~]+", self.public_url)
+        for is_so, reason in (
+            (forked, f"{self.data} was in use when this process was forked; start one anew for it"),
+            (self.max_connections < 1, "with fewer than 1 connection nobody can be served"),
+            (self.tls_cert and ssl is None, "this Python has no module ssl, which --tls-cert needs"),
+            (self.tls_key and not self.tls_cert, "a key needs a certificate too; give --tls-cert"),
+            (alone, "grants and anonymous pulls are nothing without users; give --users as well"),
+            (not url, f"{self.public_url!r} is no URL; write one like https://registry.example"),
+        ):
+            if is_so:
+                raise StartupError(reason)
 
     def _make_server(self, listener: socket.socket) -> Server:
         limit, (files, _) = self.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3167,9 +3112,8 @@ class Registry:
         tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
         with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
             proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
-        server = Server(listener, Context(self.store, access, self.public_url, tls is not None, proxies))
-        server.tls, server.max_connections, server.log = tls, limit, self.log
-        return server
+        context = Context(self.store, access, self.public_url, tls, proxies, limit, self.log)
+        return Server(listener, context)
 
     def _start_periodic_jobs(self, resources: contextlib.ExitStack) -> None:
         """Have a thread do what comes round, each job at its interval, until the resources are freed."""
@@ -3242,7 +3186,7 @@ def _leave_to_parent() -> None:
 
 os.register_at_fork(after_in_child=_leave_to_parent)
 
-# === Command line =====================================================================================
+# === Command line: main, and one function per command =================================================
 
 
 def open_standard_streams() -> None:
@@ -3384,8 +3328,8 @@ def command_verify(options: argparse.Namespace) -> int:
         nonlocal shown
         if clear and (now := time.monotonic()) - shown > 0.1:
             part, rate, shown = min(done / max(total, 1), 1.0), done / MIB / max(now - started, 1e-3), now
-            bar = ("#" * int(part * 30)).ljust(30, ".")
-            write_log(f"{clear}[{bar}] {part:4.0%}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
+            bar = f"[{'#' * int(part * 30):.<30}] {part:4.0%}"
+            write_log(f"{clear}{bar}  {done / MIB:,.0f} MiB  {rate:,.0f} MiB/s ", end="")
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(open_existing_store(options.data, options.repair)))

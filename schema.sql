@@ -8,7 +8,8 @@
 -- === Stray rows, which verify --repair deletes
 
 -- No transaction leaves them behind, unless a trigger or a foreign key was out
--- of force. The first would have a file removed that repositories serve.
+-- of force. The first would have a file removed that repositories serve. Each
+-- statement begins a line, since verify counts what it would delete.
 
 DELETE FROM pending_deletes WHERE digest IN (SELECT digest FROM blobs);
 DELETE FROM repository_blobs WHERE repository_id NOT IN (SELECT id FROM repositories);

@@ -146,7 +146,7 @@ TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = re.compile(r"(?!.{256})[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A file under uploads/. A session's id says when it began, what its bytes are hashed with and, hashed, whose
-# it is.
+# it is; an upload that ends with its request has a name without dashes.
 UPLOAD = re.compile(r"[0-9a-f]{32}(?:-(sha256|sha512)-([0-9a-f]{16}))?")
 LEADING_LINES = re.compile(rb"\A(?:\r\n)+")  # some clients end a body with one too many (RFC 9112, 2.2)
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
@@ -789,7 +789,7 @@ def map_log_index(path: str) -> mmap.mmap | None:
             status = os.stat(path)
             key = status.st_dev, status.st_ino
             if key not in _log_indexes:
-                descriptor = os.open(path, os.O_RDWR)
+                descriptor = os.open(path, os.O_RDWR)  # as SQLite does; if not, nothing is remembered
                 index = mmap.mmap(descriptor, 96, access=mmap.ACCESS_READ)  # the two copies
                 _log_indexes[key] = descriptor, index
             return _log_indexes[key][1]
@@ -3034,7 +3034,7 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._stop_deadline = 0.0
-        self._spare_key = secrets.token_bytes(32)  # signs tokens where none can be kept; the workers' as well
+        self._spare_key = secrets.token_bytes(32)  # signs tokens where none can be kept; of all workers
         self._resources = contextlib.ExitStack()
 
     def start(self) -> Registry:
@@ -3107,8 +3107,8 @@ class Registry:
         if files != resource.RLIM_INFINITY:
             limit = min(limit, max(files // 2 - 32, 1))  # each takes one, and often another to answer from
         path = f"{self.store.files.root}/token.key"
-        key = (load_key(path, create=not self.read_only) if self.users else b"") or self._spare_key
-        access = Access(self.users, self.grants, self.anonymous_pull, key, limit)
+        key = load_key(path, create=not self.read_only) if self.users else b""
+        access = Access(self.users, self.grants, self.anonymous_pull, key or self._spare_key, limit)
         tls = WatchedFiles(load_certificate, self.tls_cert, self.tls_key) if self.tls_cert else None
         with explain_failure("cannot trust a proxy", "name it by address or network, like 10.0.0.0/8"):
             proxies = [ipaddress.ip_network(text) for text in self.trusted_proxies]
@@ -3244,7 +3244,7 @@ def command_serve(options: argparse.Namespace) -> None:
         listener = registry.bind()
         registry.open(listener.dup())  # what is wrong is better said once, and before
         registry.close()
-        if fork_workers(registry, options.workers) > 0:
+        if fork_workers(registry, options.workers) > 0:  # from here on, this is a worker
             registry.gc_interval = 0  # the first collects garbage for all
 
     def stop(number: int, frame: object) -> None:

@@ -240,7 +240,7 @@ def encode_json(value: object) -> bytes:
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Whether an upload failed because there is no room for it."""
+    """Whether something failed for want of room: on the disk, or under the limit of a blob's size."""
     if isinstance(error, RegistryError):
         return error.code in (ErrorCode.STORAGE_FULL, ErrorCode.BLOB_TOO_LARGE)
     if isinstance(error, sqlite3.OperationalError):
@@ -249,7 +249,7 @@ def is_out_of_space(error: BaseException) -> bool:
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether the database could not be had because another process held it for too long."""
+    """Whether the database could not be had because another thread or process held it for too long."""
     return isinstance(error, sqlite3.OperationalError) and "is locked" in str(error)
 
 
@@ -361,7 +361,7 @@ def _media_type(document: dict[str, Any], content_type: str) -> str:
 
 
 def _member(document: dict[str, Any], name: str, kind: type) -> Any:
-    """A member that may be absent or null, but is otherwise of this kind; a text, a media type (RFC 6838)."""
+    """A member of this kind, or None; a str is a media type, so short and printable (RFC 6838)."""
     value = document.get(name)
     _check(value is None or isinstance(value, kind), f"{name} is of the wrong type")
     plain = not isinstance(value, str) or (len(value) <= 255 and value.isprintable())
@@ -371,7 +371,7 @@ def _member(document: dict[str, Any], name: str, kind: type) -> Any:
 
 def _descriptors(values: object, member: str) -> list[Any]:
     """A list of content descriptors (image-spec descriptor.md), their digests and sizes checked."""
-    descriptors = values if isinstance(values, list) else [None]
+    descriptors = values if isinstance(values, list) else [None]  # which has no digest either
     for each in descriptors:
         digest, size = (each.get("digest"), each.get("size", 0)) if isinstance(each, dict) else (None, 0)
         _check(isinstance(digest, str) and DIGEST.fullmatch(digest), f"{member} has no digest, or a bad one")
@@ -379,11 +379,11 @@ def _descriptors(values: object, member: str) -> list[Any]:
     return descriptors
 
 
-# === Files: the content-addressed directory and the files under upload; knows no SQL ==================
+# === Files: the content-addressed directory, uploads, and a cache; knows no SQL =======================
 
 
 def no_follow(path: str, flags: int) -> int:
-    """An opener for open() that follows no link which somebody may have put into the data directory."""
+    """An opener for open() that follows no symlink which somebody may have put into the data directory."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -496,7 +496,7 @@ class UploadFile(io.FileIO):
                         else:
                             self._write(file, buffer)
                         buffer, spare = spare, buffer
-                        if buffer is spare and self.LARGE.acquire(blocking=False):  # these are small ones
+                        if buffer is spare and self.LARGE.acquire(blocking=False):  # both are the small one
                             from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load
 
                             stack.callback(self.LARGE.release)
@@ -572,7 +572,7 @@ class Limits(NamedTuple):
     """How much may be stored, in bytes."""
 
     max_blob_size: int | None = None
-    min_free: int = 0  # of the disk's space
+    min_free: int = 0  # of the disk, which pushes must leave
 
 
 class Files:
@@ -672,10 +672,10 @@ class Files:
 
     def check_space(self, size: int, more: int) -> None:
         """Raise BLOB_TOO_LARGE or STORAGE_FULL unless an upload of this size may grow by so many bytes."""
-        largest, reserved = self._limits
+        largest, min_free = self._limits
         if largest is not None and size + more > largest:
             raise RegistryError(ErrorCode.BLOB_TOO_LARGE, f"more than {largest} bytes")
-        if reserved and shutil.disk_usage(self.root).free - more < reserved:
+        if min_free and shutil.disk_usage(self.root).free - more < min_free:
             raise RegistryError(ErrorCode.STORAGE_FULL)
 
     def keep_reserve(self) -> None:
@@ -692,7 +692,7 @@ class Files:
                 os.unlink(path)
 
     def collected_at(self, *, now: bool = False) -> float:
-        """When a daemon last collected garbage, or noted as now: if so said, and if none ever did."""
+        """When a daemon last collected garbage; with now, or if none ever did, that is now, and noted."""
         try:
             with open(f"{self.root}/last-gc", "ab", opener=no_follow) as file:
                 if now:
@@ -789,8 +789,8 @@ def map_log_index(path: str) -> mmap.mmap | None:
             status = os.stat(path)
             key = status.st_dev, status.st_ino
             if key not in _log_indexes:
-                descriptor = os.open(path, os.O_RDWR)  # as SQLite does; if not, nothing is remembered
-                index = mmap.mmap(descriptor, 96, access=mmap.ACCESS_READ)  # the two copies
+                descriptor = os.open(path, os.O_RDWR)  # as SQLite does; who may not, caches no queries
+                index = mmap.mmap(descriptor, 96, access=mmap.ACCESS_READ)  # both copies of the head
                 _log_indexes[key] = descriptor, index
             return _log_indexes[key][1]
     return None
@@ -828,7 +828,7 @@ class Database:
                 raise
             self._states = self._look()
             log = self._states[1]
-            mode = "ro&vfs=unix-none" if log and log[1] else "ro&immutable=1"  # which reads no log
+            mode = "ro&vfs=unix-none" if log and log[1] > 0 else "ro&immutable=1"  # which reads no log
             self.connect = functools.partial(connect, path, mode)
         self._index = None if self._states else map_log_index(f"{path}-shm")
 
@@ -945,7 +945,7 @@ class Store:
             self._write_lock.release()
 
     def query(self, sql: str, *parameters: object) -> list[Any]:
-        """The rows of one query."""
+        """The rows of one query; asked again if files that are read without locks have changed."""
         while True:
             database = self._database
             try:
@@ -969,14 +969,14 @@ class Store:
             yield rows
 
     def query_cached(self, sql: str, *parameters: object) -> list[Any]:
-        """The rows of one query, remembered until something is committed by whatever process."""
+        """The rows of one query; if any and short, remembered until whatever process commits something."""
         key, generation = (sql, *parameters), self._database.generation()
         known: tuple[object, list[Any]] | None = self._lookups.get(key)
         if known and known[0] == generation:
             return known[1]
         rows = self.query(sql, *parameters)
         size = sum(sys.getsizeof(cell) for cells in (parameters, *rows) for cell in cells)
-        if rows and generation is not None and size <= 32 * KIB:
+        if rows and generation is not None and size <= 32 * KIB:  # what is not there would push out what is
             self._lookups.put(key, (generation, rows), size=size + CACHE_ENTRY_SIZE)
         return rows
 
@@ -1042,7 +1042,7 @@ class Store:
     def _placed(self, upload: UploadFile, digest: str) -> Iterator[sqlite3.Connection]:
         """A transaction for the rows of a content that is put on disk before, so that nobody waits for that.
 
-        Should it have been collected until the transaction begins, the bytes, which are still open, are put
+        Should it have been collected before the transaction begins, the bytes, which are still open, are put
         there again. The copies stay locked, which tells verify that they wait for their row. If the
         transaction fails, the file goes unless it has a row.
         """
@@ -1191,7 +1191,7 @@ class Store:
 
     @contextlib.contextmanager
     def session(self, name: str, session: str) -> Iterator[UploadFile]:
-        """An upload session to write to, dropped on a full disk. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
+        """An upload session to write, dropped for want of room. Raises BLOB_UPLOAD_UNKNOWN, UPLOAD_BUSY."""
         self.session_size(name, session)
         try:
             upload = UploadFile(self.files, session)
@@ -1406,14 +1406,14 @@ class Removal(NamedTuple):
     kind: str  # "manifest", "blob", or "file": one that a crash left under blobs/ without a row
     repository: str  # empty for a file
     digest: str
-    size: int  # bytes that the disk gets back: 0 while another repository has the blob
+    size: int  # bytes that the disk gets back: 0 for a manifest (its blob has them) or a shared blob
 
 
 @dataclasses.dataclass
 class Collector:
     """One run of garbage collection: what may go is chosen without a lock and removed under it in batches."""
 
-    _LINK = "WHERE repository_id = ? AND digest = ?"
+    _THIS = "WHERE repository_id = ? AND digest = ?"  # link, or manifest
     store: Store
     policy: Policy
     report: Callable[[Removal], object]  # called with each removal once it is committed
@@ -1454,7 +1454,7 @@ class Collector:
             self.store.files.keep_reserve()
 
     def _each(self, page: list[Any], act: Callable[..., object]) -> None:
-        """Act on each row, a batch at a time under the write lock, and report; act may change the page."""
+        """Act on each row (in self._db, a batch to a transaction), and report; act may change the page."""
         while page:
             if self.stopped():
                 raise InterruptedError  # which ends run
@@ -1473,14 +1473,14 @@ class Collector:
     def _mend_times(self) -> None:
         """Have what was stored while the clock was ahead be as old as if that were now."""
         now = int(self._now)
-        leases = f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._LINK}"
+        leases = f"UPDATE repository_blobs SET leased_at = min(leased_at, {now}) {self._THIS}"
         times = f"pushed_at = min(pushed_at, {now}), pulled_at = min(pulled_at, {now})"
-        by_age = self.policy.untagged_after is not None or self.policy.max_size is not None  # or nobody minds
+        by_age = self.policy.untagged_after is not None or self.policy.max_size is not None  # manifests go
         sql = "SELECT repository_id, digest FROM latest_times WHERE latest > ? AND of_manifest <= ? LIMIT ?"
         while not self.stopped() and (rows := self.store.query(sql, now + CLOCK_SLACK, by_age, CHOICE)):
             with self.store.transaction(frees=True) as db:
                 db.executemany(leases, rows)
-                db.executemany(f"UPDATE manifests SET {times} {self._LINK}", rows)
+                db.executemany(f"UPDATE manifests SET {times} {self._THIS}", rows)
 
     def _relied_on(self, name: str) -> int:
         """Since when clients may rely on what a repository told them: pushes may outlast the grace."""
@@ -1497,7 +1497,7 @@ class Collector:
             order = f"ORDER BY pushed_at DESC, digest LIMIT {self.policy.keep_last}"
             return next(reversed(self.store.query(f"{sql} {order}", repository)), (-math.inf, ""))
 
-        columns = "repository_id, digest, repository, subject, -pushed_at"  # the newest first, as above
+        columns = "repository_id, digest, repository, subject, -pushed_at"  # which ranks them as above
         for page in self.store.pages(columns, f"{untagged} AND leased_at < ?", old, after=(0, "")):
             going = [
                 (repository, digest, name, min(old, self._relied_on(name)))
@@ -1520,7 +1520,7 @@ class Collector:
         sql = "SELECT child FROM manifest_references WHERE repository_id = ? AND manifest = ?"
         needed = {child for each in going for (child,) in self._db.execute(sql, (repository, each))}
         for each in going:
-            if self._db.execute(f"DELETE FROM manifests {self._LINK}", (repository, each)).rowcount:
+            if self._db.execute(f"DELETE FROM manifests {self._THIS}", (repository, each)).rowcount:
                 self._removed.append(Removal("manifest", name, each, 0))
         for child in needed:  # what goes was leased only just now, when it lost its tags
             self._unlink(repository, child, name, math.inf if child in going else self._relied_on(name))
@@ -1535,14 +1535,14 @@ class Collector:
         for each in found:
             if each not in keepers and len(keepers) < DROP_LIMIT:
                 how = (old, but) if each == digest else (self._relied_on(name), "")
-                sql = f"{above} AND keeper <> ? LIMIT {DROP_LIMIT + 1}"
+                sql = f"{above} AND keeper <> ? LIMIT {DROP_LIMIT + 1}"  # more than can go: it stays
                 keepers[each] = {keeper for (keeper,) in self._db.execute(sql, (repository, each, *how))}
                 found += [kept for (kept,) in self._db.execute(below, (repository, each))]
         return keepers
 
     def _unlink(self, repository: int, digest: str, name: str, leased_before: float) -> None:
         """Unlink a blob unless a manifest of the repository needs it, or a client may rely on it."""
-        sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._LINK}"
+        sql = f"SELECT size, leased_at, needed_by, needed, shared FROM links {self._THIS}"
         for size, leased_at, needed_by, needed, shared in self._db.execute(sql, (repository, digest)):
             if not needed:
                 self._needed_size -= size
@@ -1664,7 +1664,7 @@ class Verifier:
             yield Finding("database", f"{kind} {name} is not that of schema.sql", repair)
 
     def _check_rows(self, repair: bool) -> Iterator[Finding]:
-        """A manifest's needs are counted as well: what none needs is garbage."""
+        """Find stray rows, and links whose needed_by is not what it counts: at 0 they are garbage."""
         for stray in re.findall("^DELETE FROM (.+?);", read_schema()[0], re.MULTILINE | re.DOTALL):
             ((count,),) = self.store.query(f"SELECT count(*) FROM {stray}")
             if count:
@@ -1731,7 +1731,7 @@ def _tokens(sql: str) -> list[str]:
 
 
 class WatchedFiles:
-    """What some files hold, loaded again when they change; if that fails, the old goes on to hold."""
+    """What some files say, loaded again when they change; if that fails, what they said goes on to hold."""
 
     def __init__(self, load: Callable[..., Any], *paths: str | None) -> None:
         """load takes the paths that are not None. Raises StartupError when it raises OSError, ValueError."""
@@ -2014,7 +2014,7 @@ class Access:
             network = ipaddress.ip_address(address).packed[:8]  # IPv6: one client has all within 64 bits
             with self._queue.turn(network, name):
                 if not self._verified.get(proof):  # it may have been while this one waited
-                    guess = self._queue.failures.get(network)  # those who failed have one hash at a time
+                    guess = self._queue.failures.get(network)  # who failed competes one at a time
                     with self._guessing if guess else contextlib.nullcontext(), self._hashing:
                         right = check(password) and name in users
                     if not right:
@@ -2079,7 +2079,7 @@ def replace_file(path: str, content: bytes) -> None:
     sync_directory(directory)
 
 
-# === Messages: requests and replies: heads, bodies, ranges, pages =====================================
+# === Messages: a client's socket, and the requests and replies that pass through it ===================
 
 HTTP_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
 FIELD_LINE = rf"{HTTP_TOKEN}:[^\r\n\0]*"
@@ -2184,6 +2184,8 @@ class SocketReader:
         """Send all of this; more: something follows at once and may go into the same packet."""
         flags = getattr(socket, "MSG_MORE", 0) if more and not self._tls else 0
         timeout = STALL_TIMEOUT if self._tls else self._timeout  # sending has its own since __init__
+        if self.evictable_at == math.inf:  # as in send_file
+            self.evictable_at = time.monotonic() + HEADER_TIMEOUT + len(data) / SLOWEST_BODY
         for start in range(0, len(data), BUFFER_SIZE):  # each piece gets a timeout of its own
             self._within(timeout, self.socket.sendall, data[start : start + BUFFER_SIZE], flags)
 
@@ -2283,7 +2285,7 @@ class Context(NamedTuple):
 
     store: Store
     access: Access
-    public_url: str | None = None  # how clients reach it, if they do not say
+    public_url: str | None = None  # how clients reach it, whatever they or a proxy say
     tls: WatchedFiles | None = None  # what it speaks TLS with
     proxies: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()  # whose X-Forwarded are believed
     max_connections: int = MAX_CONNECTIONS
@@ -2387,7 +2389,7 @@ class Request:
         return self.parameters[name][0] if name in self.parameters else None
 
     def base_url(self) -> str:
-        """How the client reaches this registry, as far as it or a trusted proxy says; empty if not at all."""
+        """How clients reach this registry: public_url, else what they or a trusted proxy say; or empty."""
         if self.context.public_url:
             return self.context.public_url.rstrip("/")
         scheme, host = "https" if self.context.tls else "http", self.headers.get("host", "")
@@ -2426,9 +2428,9 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
 def check_preconditions(request: Request, digest: str | None) -> bool:
     """Whether the client has already what is there, or None (RFC 9110, 13). Raises PRECONDITION_FAILED."""
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
-    tag = f'"{digest}"'  # for If-Match, a weak one is not good enough (RFC 9110, 8.8.3.2)
-    known = digest is not None and (none_match == "*" or tag in none_match)
-    holds = match is None or (digest is not None and (match == "*" or tag in match.replace('W/"', "")))
+    etag = f'"{digest}"'  # for If-Match, a weak one is not good enough (RFC 9110, 8.8.3.2)
+    known = digest is not None and (none_match == "*" or etag in none_match)
+    holds = match is None or (digest is not None and (match == "*" or etag in match.replace('W/"', "")))
     if not holds or (known and request.method not in ("GET", "HEAD")):
         raise RegistryError(ErrorCode.PRECONDITION_FAILED, digest or "nothing")
     return known
@@ -2451,12 +2453,13 @@ def created(name: str, kind: str, digest: str, *headers: tuple[str, str]) -> Rep
 
 def content_reply(request: Request, content: Descriptor, unknown: ErrorCode) -> Reply:
     """A content, whole, in part, or as not modified. Raises unknown when the disk has lost it."""
-    tag, part = f'"{content.digest}"', None
-    headers = [("Docker-Content-Digest", content.digest), ("ETag", tag)]
+    etag, part = f'"{content.digest}"', None
+    headers = [("Docker-Content-Digest", content.digest), ("ETag", etag)]
     if check_preconditions(request, content.digest):
         return Reply(304, headers)
     headers += [("Content-Type", content.media_type), ("Accept-Ranges", "bytes")]
-    if request.method == "GET" and "range" in request.headers and request.headers.get("if-range", tag) == tag:
+    same = request.headers.get("if-range", etag) == etag
+    if request.method == "GET" and "range" in request.headers and same:
         part = parse_range(request.headers["range"], content.size)
     start, length = part or (0, content.size)
     body = request.store.open_content(content)
@@ -2510,7 +2513,7 @@ def upload_start(request: Request, name: str) -> Reply:
 
 
 def receive(request: Request, upload: UploadFile) -> None:
-    """Append the body, exactly where its Content-Range says. Raises UPLOAD_RANGE, SIZE_INVALID."""
+    """Append the body where its Content-Range says. Raises UPLOAD_RANGE, DIGEST_INVALID, SIZE_INVALID."""
     start, length, text = upload.size, request.body.length, request.headers.get("content-range")
     expected = length  # None: a chunked body may have any length
     if text is not None:
@@ -2531,7 +2534,7 @@ def receive(request: Request, upload: UploadFile) -> None:
 
 def upload_append(request: Request, name: str, session: str) -> Reply:
     """Append to an upload session (end-5), which a PUT makes a blob (end-6)."""
-    digest = request.parameter("digest") or ""
+    digest = request.parameter("digest") or ""  # which receive checks, once the range is right
     try:
         with request.store.session(name, session) as upload:
             receive(request, upload)
@@ -2741,11 +2744,11 @@ def authorize(request: Request, action: str, name: str) -> None:
     scope = CATALOG if action == "catalog" else Scope("repository", name, action)
     request.wanted = None if action in ("login", "") else scope
     request.caller = caller = access.identify(headers.get("authorization", ""), request.address)
-    anything = action == "" or caller != Caller(None)  # by name, or by a token, if only an anonymous one
-    if not (access.allows(caller, scope) if request.wanted else anything):
+    known = action == "" or caller != Caller(None)  # by name, or by a token, if only an anonymous one
+    if not (access.allows(caller, scope) if request.wanted else known):
         if caller.user is None or (caller.scopes is not None and access.permits(caller.user, scope)):
             raise RegistryError(ErrorCode.UNAUTHORIZED)
-        raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name or 'the catalog'}")
+        raise RegistryError(ErrorCode.DENIED, f"{caller.user} may not {action} {name}")
 
 
 def challenge(request: Request) -> str:
@@ -2778,7 +2781,7 @@ def error_reply(error: Exception, request: Request | None = None) -> Reply:
 
 
 def answer(request: Request, head: bytes) -> Reply:
-    """What to reply to a request that begins so. Raises ClientGone."""
+    """What to reply to a request with this head. Raises ClientGone."""
     try:
         request.parse(head)
         return dispatch(request)
@@ -2832,22 +2835,22 @@ class Connection(socketserver.BaseRequestHandler):
         with contextlib.closing(self.reader), contextlib.suppress(ClientGone):
             if self.server.context.tls:
                 self.reader.begin_tls(self.server.context.tls.get())
-            while not self.server.stopping and (data := self.reader.read_head()):
-                self._serve(data)
+            while not self.server.stopping:
+                self._serve(self.reader.read_head())
 
     def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
         """Make this connection's thread come to its end; for other threads to call."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.reader.socket, how)  # not TLS's own, which is for its thread
 
-    def _serve(self, data: bytes) -> None:
+    def _serve(self, head: bytes) -> None:
         """Serve one request. Raises ClientGone if no other may follow on this connection."""
         reader, started = self.reader, time.perf_counter()
         self.idle, reader.evictable_at = False, math.inf
         request = Request(self.server.context, reader, self.client_address[0])
         reply = Reply(499)  # only ever in the log: there was nobody left to tell
         try:
-            reply = answer(request, data)
+            reply = answer(request, head)
             keep = self._send(request, reply)
         finally:
             if self.server.context.log:
@@ -2899,7 +2902,7 @@ class Server(ThreadingHTTPServer):
         self.context = context
         self.stopping = False
         self.connections: set[Connection] = set()
-        self._closed = threading.Condition()  # notified when a connection has ended
+        self._closed = threading.Condition()  # guards these and _idle_threads; notified when one has ended
         self._handed_over: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         self._idle_threads = 0  # that wait for what is handed over
         self.waker, self._wakee = socket.socketpair()  # whatever is sent there has serve_forever look up
@@ -2926,13 +2929,13 @@ class Server(ThreadingHTTPServer):
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more connection; the one that has been idle longest makes some."""
+        """Whether there is room for one more connection; the one that may be evicted longest makes some."""
         with self._closed:
             if len(self.connections) < self.context.max_connections:
                 return True
-            longest = min(self.connections, key=lambda other: other.reader.evictable_at)
-            if longest.reader.evictable_at <= time.monotonic():
-                longest.hang_up()
+            first = min(self.connections, key=lambda other: other.reader.evictable_at)
+            if first.reader.evictable_at <= time.monotonic():
+                first.hang_up()
                 if self._closed.wait(EVICTION_TIMEOUT):
                     return True
         if not self.context.tls:  # in the middle of a handshake, this would be noise
@@ -2942,7 +2945,7 @@ class Server(ThreadingHTTPServer):
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread serve a connection: one that has served another, since starting one takes longer."""
+        """Have a thread serve a connection: one that waits for it, else a new one, which takes longer."""
         with self._closed:
             waits = self._idle_threads > 0
             self._idle_threads -= waits
@@ -2954,7 +2957,7 @@ class Server(ThreadingHTTPServer):
         self._handed_over.put(connection)
 
     def _serve_connections(self) -> None:
-        """Serve one connection after another; unless enough threads wait for the next one already."""
+        """Serve one connection after another, until enough other threads wait for the next one."""
         while connection := self._handed_over.get():
             try:
                 connection.handle()
@@ -3022,12 +3025,12 @@ class Registry:
     users: str | None = None  # the path of an htpasswd file
     grants: str | None = None  # the path of a file that says what they may do
     anonymous_pull: bool = False
-    public_url: str | None = None  # how clients reach it, if they do not say
+    public_url: str | None = None  # how clients reach it, whatever they or a proxy say
     trusted_proxies: Sequence[str] = ()  # addresses or networks whose X-Forwarded headers are believed
     tls_cert: str | None = None  # paths of PEM files
     tls_key: str | None = None
     max_connections: int = MAX_CONNECTIONS
-    log: Callable[[str], None] | None = None  # takes one line for each request
+    log: Callable[[str], None] | None = None  # takes a line for each request, and what gc removed
 
     def __post_init__(self) -> None:
         self._stop_deadline = 0.0
@@ -3239,7 +3242,7 @@ def command_serve(options: argparse.Namespace) -> None:
     listener = None
     if options.workers > 1:
         listener = registry.bind()
-        registry.open(listener.dup())  # what is wrong is better said once, and before
+        registry.open(listener.dup())  # what is wrong is better said once, and before forking
         registry.close()
         if fork_workers(registry, options.workers) > 0:  # from here on, this is a worker
             registry.gc_interval = 0  # the first collects garbage for all
@@ -3379,7 +3382,8 @@ def open_existing_store(data: str, change: bool = True) -> Store:
     """The store of a data directory that there is, to change it or only look at it. Raises StartupError."""
     if not os.path.exists(os.path.join(data, "registry.db")):
         raise StartupError(f"{data} is no registry's data directory; name the one with registry.db in it")
-    return Store(data, read_only=not change and bool(os.statvfs(data).f_flag & os.ST_RDONLY))
+    read_only = not change and bool(os.statvfs(data).f_flag & os.ST_RDONLY)  # else looking locks, too
+    return Store(data, read_only=read_only)
 
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": DAY}
@@ -3415,7 +3419,7 @@ serve            --users FILE          let only the users of this htpasswd file 
 serve            --grants FILE         what they may do: lines of who, repositories, actions
 serve            --anonymous-pull      let everybody pull
 serve            --trusted-proxy ADDR  believe the X-Forwarded headers of this address or network; repeatable
-serve            --public-url URL      how clients reach this registry, if a proxy does not say
+serve            --public-url URL      how clients reach this registry, whatever they or a proxy say
 serve            --tls-cert FILE       serve HTTPS with this certificate chain (PEM)
 serve            --tls-key FILE        its private key, if that is in another file
 serve            --quiet               no access log on standard error

@@ -172,20 +172,24 @@ class ConnectionsAreLimited(HTTPTestCase):
         for connection in busy:
             self.assert_status(connection.send(b"x").read(), 201)
 
-    def test_uploads_that_trickle_in_and_downloads_that_nobody_reads_make_room(self) -> None:
+    def test_uploads_that_trickle_in_and_replies_that_nobody_reads_make_room(self) -> None:
         digest = self.client.push_blob(os.urandom(8 * MEBIBYTE))
         path = self.client.path(f"blobs/{digest}")
 
         def begin_download() -> RawConnection:
             return self.connect().request("GET", path)
 
+        def begin_listing() -> RawConnection:
+            return self.connect().request("GET", self.client.path("tags/list"))
+
         def in_body(each: registry.Connection) -> bool:
             return not each.idle and each.reader.evictable_at < math.inf
 
         # What the system takes into its buffers counts as moved, and is to earn no time here.
         patience = {"HEADER_TIMEOUT": 0.0, "SLOWEST_BODY": 2**50, "EVICTION_TIMEOUT": TIMEOUT}
-        for begin in (self.begin_upload, begin_download):
-            with self.subTest(begin.__name__), mock.patch.multiple(registry, **patience):
+        long_list = mock.patch.object(registry.Store, "tags", lambda *_: ["x" * 1_000] * 10_000)
+        for begin in (self.begin_upload, begin_download, begin_listing):
+            with self.subTest(begin.__name__), long_list, mock.patch.multiple(registry, **patience):
                 held = [begin() for _ in range(self.LIMIT)]
                 self.wait_for_each(in_body)
                 for _ in range(3):

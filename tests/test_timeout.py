@@ -209,7 +209,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
                 self.assert_served()
 
     def test_whoever_does_not_read_errors_makes_room(self) -> None:
-        self.patch(EVICTION_DELAY=0.0)
+        self.patch(EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT)
         with Registry(max_connections=1) as running, RawConnection(running.netloc) as connection:
             connection._socket.settimeout(0.2)
             with contextlib.suppress(OSError):  # once neither side has room for more

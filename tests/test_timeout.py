@@ -141,7 +141,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
         self.assert_status(self.client.get("/v2/"), 401)
 
     def test_the_reply_does_not_wait_for_the_body(self) -> None:
-        self.patch(EVICTION_DELAY=0.0)
+        self.patch(EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT)
         for framing, body in (
             (self.SMALL, b""),
             (self.SMALL, b"12345"),
@@ -191,7 +191,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
                 wait_until(lambda: not connection.send(b"x").is_open(), "for the rest not to be")  # noqa: B023
 
     def test_whoever_owes_a_rest_makes_room(self) -> None:
-        self.patch(LINGER_TIMEOUT=10 * TIMEOUT, EVICTION_DELAY=0.0)
+        self.patch(LINGER_TIMEOUT=10 * TIMEOUT, EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT)
         for framing in (self.SMALL, self.LARGE, self.CHUNKED):
             with self.subTest(framing):
                 held = [self.begin(framing) for _ in range(self.LIMIT)]
@@ -200,7 +200,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
                 self.assert_served()
 
     def test_whoever_owes_a_rest_after_a_good_reply_makes_room(self) -> None:
-        self.patch(LINGER_TIMEOUT=10 * TIMEOUT, EVICTION_DELAY=0.0)
+        self.patch(LINGER_TIMEOUT=10 * TIMEOUT, EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT)
         for framing in (self.SMALL, self.LARGE, self.CHUNKED):
             with self.subTest(framing):
                 for _ in range(self.LIMIT):
@@ -218,7 +218,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
             self.assert_status(Client(running.netloc).get("/v2/"), 200)
 
     def test_whoever_sends_a_manifest_slowly_makes_room(self) -> None:
-        self.patch(EVICTION_DELAY=0.0)
+        self.patch(EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT)
         path, lines = self.client.path("manifests/slow"), ("Expect: 100-continue", self.AUTHORIZATION)
         for _ in range(self.LIMIT):
             connection = self.connect().request("PUT", path, self.SMALL, *lines)
@@ -227,7 +227,7 @@ class RepliesBeforeTheBody(HTTPTestCase):
 
     def test_whoever_is_refused_again_and_again_makes_room(self) -> None:
         """Each time with the end of one body, and the head of the next request that owes one."""
-        self.patch(EVICTION_DELAY=0.2)
+        self.patch(EVICTION_DELAY=0.2, EVICTION_TIMEOUT=TIMEOUT)
         for path, *lines in (
             (self.client.path("blobs/uploads/"),),
             (self.client.path("manifests/bad"), "Expect: 100-continue", self.AUTHORIZATION),

@@ -251,7 +251,7 @@ class ConnectionsEndWithANotice(TLSTestCase):
         self.assertIn(b"200 OK", secure.recv(65536))
 
     def test_whoever_owes_a_rest_makes_room(self) -> None:
-        self.patch(EVICTION_DELAY=0.0, LINGER_TIMEOUT=10 * TIMEOUT)
+        self.patch(EVICTION_DELAY=0.0, EVICTION_TIMEOUT=TIMEOUT, LINGER_TIMEOUT=10 * TIMEOUT)
         client = self.serve(max_connections=4)
         for framing in (b"Content-Length: 10", b"Content-Length: 1000000", b"Transfer-Encoding: chunked"):
             for _ in range(4):

@@ -665,9 +665,8 @@ class Files:
 
     def contents(self) -> Iterator[str]:
         """The digests that files under blobs/ are named by, in no order; other names are not ours."""
-        for algorithm in ALGORITHMS:
-            path = f"{self.root}/blobs/{algorithm}"  # a copy on other media may lack an empty one
-            with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+        for algorithm in ALGORITHMS:  # a copy on other media may lack the directory, if it was empty
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(f"{algorithm}:")) as entries:
                 yield from filter(DIGEST.fullmatch, (f"{algorithm}:{entry.name}" for entry in entries))
 
     def check_space(self, size: int, more: int) -> None:
@@ -827,8 +826,8 @@ class Database:
             if not read_only or is_busy(error):
                 raise
             self._states = self._look()
-            log = self._states[1]
-            mode = "ro&vfs=unix-none" if log and log[1] > 0 else "ro&immutable=1"  # which reads no log
+            log_size = (self._states[1] or (0, 0))[1]
+            mode = "ro&vfs=unix-none" if log_size else "ro&immutable=1"  # which reads no log
             self.connect = functools.partial(connect, path, mode)
         self._index = None if self._states else map_log_index(f"{path}-shm")
 
@@ -1137,11 +1136,10 @@ class Store:
 
     def drop_content(self, db: sqlite3.Connection, digest: str) -> None:
         """Within a transaction: forget a content in every repository, so that clients push it again."""
-        db.execute(  # what a manifest needed is left alone for the grace period, to be found by that push
-            "UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN"
-            " (SELECT repository_id, child FROM manifest_references WHERE manifest = ?)",
-            (int(time.time()), digest),
-        )
+        # What a manifest needed is left alone for the grace period, to be found by that push.
+        needed = "SELECT repository_id, child FROM manifest_references WHERE manifest = ?"
+        sql = f"UPDATE repository_blobs SET leased_at = ? WHERE (repository_id, digest) IN ({needed})"
+        db.execute(sql, (int(time.time()), digest))
         db.execute("DELETE FROM repository_blobs WHERE digest = ?", (digest,))
         self._cache.forget(digest)
 
@@ -1281,10 +1279,8 @@ class Store:
     def flush_pulls(self) -> None:
         """Record what was pulled since the last time. On a full disk, or a busy database, that waits."""
         pulled, self._pulled = self._pulled, {}
-        sql = (
-            "UPDATE manifests SET pulled_at = ?"
-            " WHERE repository_id = (SELECT id FROM repositories WHERE name = ?) AND digest = ?"
-        )
+        repository = "(SELECT id FROM repositories WHERE name = ?)"
+        sql = f"UPDATE manifests SET pulled_at = ? WHERE repository_id = {repository} AND digest = ?"
         # In one step, since who has begun to note a pull may still do so there.
         rows = [(moment, name, digest) for (name, digest), moment in list(pulled.items())]
         if rows and self._change_if_possible(sql, rows) is None:
@@ -2537,7 +2533,13 @@ def upload_append(request: Request, name: str, session: str) -> Reply:
     digest = request.parameter("digest") or ""  # which receive checks, once the range is right
     try:
         with request.store.session(name, session) as upload:
-            receive(request, upload)
+            start = upload.size
+            try:
+                receive(request, upload)
+            except ClientGone:
+                if request.method == "PUT":  # some clients make the same request again
+                    upload.take_back(start)
+                raise
             if request.method == "PATCH":
                 return Reply(202, session_headers(name, session, upload.size))
             request.store.finish_upload(name, upload, digest)

@@ -247,6 +247,18 @@ class InterruptedUploadsGoOn(UploadTestCase):
         self.assert_blob(self.client, self.content)
         self.assert_nothing_unfinished()
 
+    def test_a_put_cut_off_can_be_made_again_as_it_was(self) -> None:
+        digest = digest_of(self.content)
+        location = self.client.open_upload()
+        self.append(location, self.content[:5])
+        path = with_digest(location, digest)
+        for sent in (self.content[5 : self.CUT], self.content[5:6], b""):
+            self.break_off("PUT", path, f"Content-Length: {len(self.content) - 5}", sent)
+            self.assertEqual(self.received(location), "0-4")
+        self.client.expect(201, "PUT", path, self.content[5:])
+        self.assert_blob(self.client, self.content)
+        self.assert_nothing_unfinished()
+
     def test_malformed_chunks_append_nothing_after_them(self) -> None:
         location = self.client.open_upload()
         body = b"3\r\nabc\r\n3;\r\ndef\r\nx\r\nghi\r\n0\r\n\r\n"

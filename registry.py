@@ -3244,10 +3244,11 @@ def command_serve(options: argparse.Namespace) -> None:
     listener = None
     if options.workers > 1:
         listener = registry.bind()
+        registry.gc_interval = 0  # nothing is to run when it forks
         registry.open(listener.dup())  # what is wrong is better said once, and before forking
         registry.close()
-        if fork_workers(registry, options.workers) > 0:  # from here on, this is a worker
-            registry.gc_interval = 0  # the first collects garbage for all
+        if fork_workers(registry, options.workers) == 0:  # from here on, this is a worker
+            registry.gc_interval = options.gc_interval  # the first collects garbage for all
 
     def stop(number: int, frame: object) -> None:
         if registry.server.stopping and listener is None:  # a worker may be told by its parent and others too
@@ -3255,8 +3256,7 @@ def command_serve(options: argparse.Namespace) -> None:
         registry.server.stop_accepting()
 
     registry.open(listener)
-    # Whichever thread the system gives a signal to, this has the main one notice.
-    signal.set_wakeup_fd(registry.server.waker.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(registry.server.waker.fileno(), warn_on_full_buffer=False)  # in whatever thread
     signal.signal(signal.SIGTERM, stop)
     if listener is None:
         signal.signal(signal.SIGINT, stop)

@@ -471,10 +471,10 @@ class UploadFile(io.FileIO):
             raise FileNotFoundError(self.path)  # what was opened became a blob before it was locked
 
     def append(self, readinto: Callable[[memoryview], int], expected: int | None = None) -> int:
-        """Append all that readinto gives until it gives nothing; how many bytes that was, as expected or not.
+        """Append all that readinto gives until it gives nothing, and return how many bytes that was.
 
-        What was received before an exception stays in the file. Once much has come, and not too many others
-        have such, two large buffers take turns: one is hashed and written while the other is filled.
+        expected: how many, if known. What came before an exception stays. Once much has come, unless too many
+        others have such, two large buffers take turns: one is hashed and written while the other is filled.
         """
         self._files.check_space(self.size, expected or 0)
         start, filled = self.size, 0
@@ -1314,7 +1314,7 @@ class Store:
         return digest
 
     def _add_needs(self, db: sqlite3.Connection, repository: int, digest: str, manifest: Manifest) -> None:
-        """Raises MANIFEST_BLOB_UNKNOWN. Sorted rows, and many in one statement, take a tenth of the time."""
+        """Record what a manifest needs, sorted and many at once, for speed. Raises MANIFEST_BLOB_UNKNOWN."""
         needs = dict.fromkeys(manifest.optional, False)
         needs.update(dict.fromkeys(manifest.required, not self.sparse))
         needs[digest] = True
@@ -1363,7 +1363,7 @@ class Store:
         return [name for (name,) in self.query_cached(sql, first, end, limit)]
 
     def referrers(self, name: str, subject: str, kind: str | None, last: str) -> tuple[list[Any], bool]:
-        """Digests and descriptors (JSON) of a page of referrers, of one artifact type; are there more?"""
+        """A page of referrers after one, by digest: digests and descriptors (JSON); and if there are more."""
         about = (name, subject, last, kind) if kind else (name, subject, last)
         rows = self.query_cached(
             "SELECT repository_id, digest, size, short FROM referrer_descriptors"
